@@ -1,0 +1,817 @@
+"""SRGAN, to be read beside the paper: Ledig et al., "Photo-Realistic Single Image Super-Resolution
+Using a Generative Adversarial Network", CVPR 2017, arXiv:1609.04802.
+
+    1. Images       find, open, degrade                          Sec. 3.2
+    2. Patches      the training batches                         Sec. 3.2
+    3. Networks     Generator, Discriminator, TruncatedVGG19     Sec. 2.1, Fig. 4
+    4. Losses       pixel, content, adversarial                  Sec. 2.2, Eq. 1 and 3 to 6
+    5. Metrics      PSNR, SSIM, LPIPS                            Sec. 3.1
+    6. Upscaling    whole pictures in exact tiles
+    7. Checkpoints  what train.py writes and everything reads
+
+Images are RGB. Tensors are float32 [N, 3, h, w]: LR in [0, 1], HR and SR in [-1, 1] (Sec. 3.2);
+pictures at the edges are uint8 [h, w, 3]. `scale` is 2, 4 (the paper's) or 8.
+"""
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+SCALES = (2, 4, 8)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+class InputError(ValueError):
+    """Something that the person at the keyboard can put right: one line, what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Images. Sec. 3.2: I^LR is the bicubic x1/r of I^HR; LR is scaled to [0, 1], HR to [-1, 1].
+# ---------------------------------------------------------------------------------------------
+
+def find_images(path):
+    """Sorted paths of the pictures in a folder and its subfolders; a file stands for itself. Raises InputError."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    found = sorted(p for p in path.rglob("*")
+                   if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    if not found:
+        raise InputError(f"{path}: no pictures in this folder ({' '.join(SUFFIXES)})")
+    return found
+
+
+def open_image(path):
+    """Decode a picture to a PIL.Image of 8 bits, upright, of mode "L", "LA", "RGB" or "RGBA".
+
+    EXIF orientation is applied. Palettes become RGB or RGBA; CMYK becomes sRGB, through its ICC
+    profile where it has one; 16 bits per channel become 8; of an animation the first frame counts.
+    `info` holds "icc_profile" and "dpi" where the file had them and they still hold.
+    Raises InputError for whatever cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+            if image.mode == "CMYK":
+                image = _cmyk_to_rgb(image, info.pop("icc_profile", None))
+            elif image.mode.startswith("I"):  # 16-bit grey: 65535 / 257 = 255
+                grey = np.clip(np.asarray(image), 0, 65535) / 257
+                image = Image.fromarray(grey.round().astype(np.uint8))
+            elif image.mode == "F":
+                raise InputError("floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
+            else:
+                mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+                image = image.convert(mode + "A" * image.has_transparency_data)
+            image.info = info
+            return image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # decoders raise exceptions of every type on broken files
+        raise InputError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())})") from None
+
+
+def _cmyk_to_rgb(image, profile):
+    if profile:
+        from PIL import ImageCms
+        try:
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                             outputMode="RGB")
+        except ImageCms.PyCMSError:
+            pass  # a broken profile: the plain conversion is what any viewer falls back to
+    return image.convert("RGB")
+
+
+def open_rgb(path):
+    """Decode a picture to a uint8 array [h, w, 3]; transparency is dropped. Raises InputError."""
+    return np.array(open_image(path).convert("RGB"))
+
+
+def to_tensor(pixels):
+    """uint8 [..., h, w, 3], array or tensor -> float32 [..., 3, h, w] in [0, 1], channels-last in memory."""
+    return torch.as_tensor(pixels).movedim(-1, -3).float().div(255)
+
+
+def to_pixels(sr):
+    """[..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3], to the nearest grey level."""
+    return sr.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def downsample(hr, scale=4, kernel="bicubic"):
+    """I^LR from I^HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], on the 8-bit grid.
+
+    "bicubic" is Pillow's BICUBIC (a = -0.5, widened by the scale), to within one grey level.
+    "gaussian" blurs with sigma = 0.4 scale and keeps one pixel of `scale` in each direction; the
+    taps are centred on the LR pixel, so that both kernels give pictures that lie on each other.
+    Raises ValueError where H or W is no multiple of scale.
+    """
+    n, c, h, w = hr.shape
+    if h % scale or w % scale:
+        raise ValueError(f"{h}x{w} is no multiple of {scale}")
+    if kernel == "bicubic":
+        lr = F.interpolate(hr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
+    elif kernel == "gaussian":
+        margin = 5 * scale // 4  # the taps reach 4 sigma
+        taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
+        taps = torch.softmax(-taps ** 2 / (2 * (0.4 * scale) ** 2), dim=0)  # exp(-d^2 / 2 sigma^2), sum 1
+        lr = F.pad(hr.reshape(n * c, 1, h, w), [margin] * 4, mode="replicate")
+        lr = F.conv2d(F.conv2d(lr, taps.view(1, 1, -1, 1), stride=(scale, 1)), taps.view(1, 1, 1, -1), stride=(1, scale))
+        lr = lr.view(n, c, h // scale, w // scale)
+    else:
+        raise ValueError(f"unknown kernel {kernel!r}: bicubic or gaussian")
+    return lr.clamp(0, 1).mul(255).round().div(255)
+
+
+def find_pairs(folder, lr_folder=None, scale=4):
+    """[(stem, HR path, LR path or None)] of a validation or test set, sorted by stem.
+
+    `folder` holds HR pictures, or the folders HR and LR_bicubic_x<scale>. LR pictures made
+    elsewhere bear the HR's stem, alone or with the usual endings (x4, _x4, _LR, _LRx4, _LR_x4, or
+    _SRF_4_LR for an HR that ends in _SRF_4_HR). Raises InputError: a stem twice, an HR without its LR.
+    """
+    folder = Path(folder)
+    if (folder / "HR").is_dir():
+        if lr_folder is None and (folder / f"LR_bicubic_x{scale}").is_dir():
+            lr_folder = folder / f"LR_bicubic_x{scale}"
+        folder = folder / "HR"
+    hr = _by_stem(folder)
+    if lr_folder is None:
+        return [(stem, path, None) for stem, path in sorted(hr.items())]
+    lr, pairs = _by_stem(lr_folder), []
+    for stem, path in sorted(hr.items()):
+        base = stem.removesuffix("_HR")
+        names = [stem] + [base + end for end in ("_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}")]
+        match = next((lr[name] for name in names if name in lr), None)
+        if match is None:
+            raise InputError(f"{path}: {lr_folder} holds no LR picture for it (looked for {', '.join(names)})")
+        pairs.append((stem, path, match))
+    return pairs
+
+
+def _by_stem(folder):
+    found = {}
+    for path in find_images(folder):
+        if path.stem in found:
+            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
+    """(LR, HR) as uint8 arrays; HR is cut to a multiple of scale, LR is made from it where not given. Raises InputError."""
+    hr = open_rgb(hr_path)
+    h, w = (side // scale for side in hr.shape[:2])
+    if not h or not w:
+        raise InputError(f"{hr_path}: {hr.shape[1]}x{hr.shape[0]} is smaller than one LR pixel")
+    hr = hr[:h * scale, :w * scale]
+    if lr_path is None:
+        return to_pixels(downsample(to_tensor(hr)[None], scale, kernel) * 2 - 1)[0].numpy(), hr
+    lr = open_rgb(lr_path)
+    if lr.shape != (h, w, 3):
+        raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of {hr_path.name} (expected {w}x{h})")
+    return lr, hr
+
+
+def bicubic(lr, scale=4):
+    """The baseline: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3] by Pillow's BICUBIC."""
+    h, w = lr.shape[:2]
+    return np.array(Image.fromarray(lr).resize((w * scale, h * scale), Image.Resampling.BICUBIC))
+
+
+def strip(pictures, labels):
+    """Pictures side by side, each with its label below: uint8 [h, w, 3] arrays of one size, strings -> PIL.Image."""
+    h, w = pictures[0].shape[:2]
+    size = max(10, min(24, w // 12))
+    sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h + 2 * size), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        sheet.paste(Image.fromarray(picture), (i * (w + 4), 0))
+        draw.text((i * (w + 4) + w / 2, h + size), label, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Patches. Sec. 3.2: "for each mini-batch we crop 16 random 96x96 HR sub images of distinct
+#    training images". Every picture is decoded once, into one flat array of pixels; a batch is
+#    one gather from it, the flips and rotations being part of the index, and the LR side one
+#    batched downsampling. Where the pixels fit on the GPU, all of this happens there.
+# ---------------------------------------------------------------------------------------------
+
+MARGIN = 2  # LR pixels around a patch that its outermost LR pixels are computed from
+SYMMETRIES = {"none": (0,), "flip": (0, 1), "all": tuple(range(8))}  # bits: mirror, upside down, transpose
+STORE_LIMIT = 32 * 2 ** 30  # bytes of pixels; a larger data set is streamed
+
+
+class Patches:
+    """Random training patches of the pictures at `paths`.
+
+    patch_size: side of the HR patch, a multiple of scale. augment: "none", "flip" (mirror images)
+    or "all" (the eight flips and rotations). store: "always" decodes every picture once into a
+    file of pixels under `cache`, "never" decodes them anew for each batch in worker processes, and
+    "auto" takes the store while it is below 32 GiB and half of the free disk.
+    weights: how often each picture is drawn relative to the others, alike by default.
+    What update number `step` sees depends on (seed, rank, step) alone, on every device.
+    Pictures that are unreadable or smaller than a patch with its margin are left out, with a
+    line on stderr; InputError where none is left.
+    """
+
+    def __init__(self, paths, patch_size=96, scale=4, kernel="bicubic", augment="all", device="cpu",
+                 cache="cache", store="auto", weights=None, seed=0, rank=0):
+        self.paths, self.scale, self.kernel, self.device = list(paths), scale, kernel, torch.device(device)
+        self.window = patch_size + 2 * MARGIN * scale  # side of the HR crop that a patch is made from
+        self.codes, self.seed, self.rank = np.array(SYMMETRIES[augment]), seed, rank
+        sizes = _read_sizes(self.paths)
+        area = sizes.astype(np.int64).prod(1)
+        if store == "auto":
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            fits = area.sum() * 3 < min(STORE_LIMIT, shutil.disk_usage(cache).free // 2)
+            store = "always" if fits or _store_path(self.paths, cache).exists() else "never"
+        self.pixels = None
+        if store == "always":
+            self.pixels = _open_store(self.paths, sizes, cache)  # zeroes the sizes of what cannot be decoded
+        self.start, self.size = np.cumsum(area) - area, sizes.astype(np.int64)
+        usable = (self.size >= self.window).all(1)
+        if left_out := [str(p) for p, ok in zip(self.paths, usable) if not ok]:
+            print(f"left out {len(left_out)} of {len(usable)} pictures, unreadable or smaller than "
+                  f"{self.window}x{self.window}: {', '.join(left_out[:3])}{' ...' * (len(left_out) > 3)}", file=sys.stderr)
+        if not usable.any():
+            raise InputError(f"no picture is {self.window}x{self.window} or larger, which a patch of {patch_size} with "
+                             "its margin needs; give larger pictures or a smaller patch_size")
+        self.chance = usable * (np.ones(len(usable)) if weights is None else np.asarray(weights, float))
+        self.chance /= self.chance.sum()
+        if self.pixels is not None and self.device.type == "cuda" \
+                and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
+            self.pixels = self.pixels.to(self.device)
+
+    def _draw(self, step, n):
+        """n random (picture, top, left, symmetry), the pictures distinct where there are enough: int64 [n, 4]."""
+        rng = np.random.default_rng((self.seed, self.rank, step))
+        distinct = np.count_nonzero(self.chance) >= n
+        image = rng.choice(len(self.paths), n, replace=not distinct, p=self.chance)
+        positions = (self.size[image] // self.scale) - self.window // self.scale + 1  # on the LR grid: [n, 2]
+        corner = (rng.random((n, 2)) * positions).astype(np.int64) * self.scale
+        return np.column_stack([image, corner, rng.choice(self.codes, n)])
+
+    def _gather(self, step, n):
+        """Windows from the store: uint8 [n, window, window, 3] on the device that holds the pixels."""
+        image, top, left, code = self._draw(step, n).T
+        width = self.size[image, 1]
+        params = np.stack([self.start[image] + top * width + left, width, code])
+        first, width, code = torch.from_numpy(params).to(self.pixels.device, non_blocking=True)[:, :, None, None]
+        i = torch.arange(self.window, device=first.device)
+        row, column = i.view(1, -1, 1), i.view(1, 1, -1)
+        row, column = torch.where(code & 4 > 0, column, row), torch.where(code & 4 > 0, row, column)
+        row = torch.where(code & 2 > 0, self.window - 1 - row, row)
+        column = torch.where(code & 1 > 0, self.window - 1 - column, column)
+        return self.pixels[first + row * width + column]
+
+    def batches(self, n, first, last):
+        """Yield (LR [n, 3, p/scale, p/scale] in [0, 1], HR [n, 3, p, p] in [-1, 1]) for updates first to last - 1."""
+        if self.pixels is not None:
+            windows = (self._gather(step, n) for step in range(first, last))
+        else:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            windows = torch.utils.data.DataLoader(_Decoder(self, n), batch_size=None, sampler=range(first, last),
+                                                  num_workers=cores, pin_memory=self.device.type == "cuda")
+        cut = MARGIN * self.scale
+        for window in windows:
+            window = to_tensor(window.to(self.device, non_blocking=True))  # [n, 3, window, window]
+            lr = downsample(window, self.scale, self.kernel)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
+            hr = window[:, :, cut:-cut, cut:-cut] * 2 - 1
+            yield (lr.contiguous(memory_format=torch.channels_last), hr.contiguous(memory_format=torch.channels_last))
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """Windows of update `step`, decoded from the files: what a worker process of the DataLoader runs."""
+
+    def __init__(self, patches, n):
+        self.patches, self.n = patches, n
+
+    def __getitem__(self, step):
+        side, windows, draw = self.patches.window, [], step
+        while len(windows) < self.n:  # again, with other draws, only where a picture turns out to be broken
+            for image, top, left, code in self.patches._draw(draw, self.n - len(windows)):
+                try:
+                    window = open_rgb(self.patches.paths[image])[top:top + side, left:left + side]
+                except InputError as error:
+                    print(error, file=sys.stderr)
+                    continue
+                window = window[:, ::-1] if code & 1 else window
+                window = window[::-1] if code & 2 else window
+                windows.append(window.swapaxes(0, 1) if code & 4 else window)
+            draw += 2 ** 40
+        return torch.from_numpy(np.stack(windows))
+
+
+def _read_sizes(paths):
+    """(height, width) of each picture as open_image would give it, from the file headers: int32 [n, 2], 0 x 0 where unreadable."""
+    def size(path):
+        try:
+            with Image.open(path) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+                return image.size if turned else image.size[::-1]
+        except Exception:
+            return 0, 0
+    with ThreadPoolExecutor() as pool:
+        return np.array(list(pool.map(size, paths)), dtype=np.int32).reshape(-1, 2)
+
+
+def _store_path(paths, cache):
+    key = hashlib.sha256(b"1")  # the version of the format
+    for path in paths:
+        stat = os.stat(path)
+        key.update(f"{Path(path).resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return Path(cache) / f"{key.hexdigest()[:20]}.pixels"
+
+
+def _open_store(paths, sizes, cache):
+    """All pictures' pixels, end to end: uint8 [pixels, 3], mapped from a file that is made on first use.
+
+    Pictures that cannot be decoded get size 0 x 0 in `sizes`. The file takes its final name when
+    it is complete, so one that was cut off half-way is made again.
+    """
+    path = _store_path(paths, cache)
+    start = np.concatenate([[0], np.cumsum(sizes.astype(np.int64).prod(1))])
+    shape = (max(int(start[-1]), 1), 3)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if shape[0] * 3 > free:
+            raise InputError(f"{path.parent}: {shape[0] * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in "
+                             f"{free / 2 ** 30:.1f} GiB of free disk; name another folder with --cache, or stream (store=never)")
+        with replacing(path) as temporary:
+            store = np.memmap(temporary, np.uint8, "w+", shape=shape)
+
+            def decode(i):
+                try:
+                    pixels = open_rgb(paths[i]).reshape(-1, 3)
+                    store[start[i]:start[i + 1]] = pixels
+                    return True
+                except (InputError, ValueError):  # ValueError: the header announced another size
+                    return False
+            with ThreadPoolExecutor() as pool:
+                good = list(tqdm(pool.map(decode, range(len(paths))), "decoding once", len(paths), unit="picture"))
+            store.flush()
+            replacing_text(path.with_suffix(".bad"), json.dumps([i for i, ok in enumerate(good) if not ok]))
+    sizes[json.loads(path.with_suffix(".bad").read_text())] = 0
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # "c": private, so that torch may see it as writable
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Networks. Sec. 2.1 and Fig. 4, in the figure's notation: k kernel, n feature maps, s stride.
+# ---------------------------------------------------------------------------------------------
+
+def conv(n_in, n_out, k, s=1, bias=True):
+    return nn.Conv2d(n_in, n_out, k, s, k // 2, bias=bias)
+
+
+class ResidualBlock(nn.Module):
+    """k3n64s1, BN, PReLU, k3n64s1, BN, elementwise sum. No bias before BN, which would subtract it again."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.body = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n), nn.PReLU(),
+                                  conv(n, n, 3, bias=False), nn.BatchNorm2d(n))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Generator(nn.Module):
+    """G, Fig. 4 top: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w] in [-1, 1].
+
+    1,547,350 parameters at scale 4; each PReLU has one slope, and convolutions before BN no bias
+    (2,112 more with them). It starts as nearest-neighbour upsampling, from which it learns faster.
+    """
+
+    def __init__(self, scale=4, channels=64, n_blocks=16):
+        super().__init__()
+        self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks}  # saved with the weights
+        n = channels
+        self.head = nn.Sequential(conv(3, n, 9), nn.PReLU())                                        # k9n64s1
+        self.blocks = nn.Sequential(*[ResidualBlock(n) for _ in range(n_blocks)])                   # B residual blocks
+        self.fuse = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n))                     # k3n64s1, BN
+        self.upsample = nn.Sequential(*[layer for _ in range(int(math.log2(scale))) for layer in (
+            conv(n, 4 * n, 3), nn.PixelShuffle(2), nn.PReLU())])                                    # k3n256s1, x2
+        self.tail = conv(n, 3, 9)                                                                   # k9n3s1
+        with torch.no_grad():  # G starts as nearest-neighbour upsampling: three channels carry RGB from end to end
+            nn.init.dirac_(self.head[0].weight[:3])
+            self.head[0].bias[:3] = 0
+            nn.init.zeros_(self.fuse[-1].weight)
+            for layer in self.upsample[::3]:
+                nn.init.dirac_(layer.weight[:12:4])
+                layer.bias[:12:4] = 0
+                icnr_(layer)
+            nn.init.dirac_(self.tail.weight).mul_(2.5)  # tanh(2.5 x - 1.25) takes [0, 1] nearly to [-1, 1]
+            self.tail.bias.fill_(-1.25)
+
+    def forward(self, lr):                     # [N, 3, h, w]
+        x = self.head(lr)                      # [N, 64, h, w]
+        x = x + self.fuse(self.blocks(x))      # [N, 64, h, w], the long skip connection
+        x = self.tail(self.upsample(x))        # [N, 3, 4h, 4w]
+        return torch.tanh(x.float())           # [-1, 1]
+
+    @property
+    def radius(self):
+        """How many LR pixels away an SR pixel still sees: half of the receptive field, rounded up."""
+        steps = 4 + 2 * self.arch["n_blocks"] + 1                                   # 9x9, 3x3 of the blocks, 3x3
+        steps += sum(0.5 ** i for i in range(int(math.log2(self.arch["scale"]))))   # 3x3 at 1, 1/2, 1/4 LR pixel
+        return math.ceil(steps + 4 / self.arch["scale"])                            # 9x9 at the scale of SR
+
+
+@torch.no_grad()
+def icnr_(layer, r=2):
+    """Initialise a sub-pixel convolution as nearest-neighbour upsampling (Aitken et al., arXiv:1707.02937).
+
+    The r^2 filters that PixelShuffle weaves into one feature map start alike, so no checkerboard pattern.
+    """
+    layer.weight.copy_(layer.weight[::r * r].repeat_interleave(r * r, dim=0))
+    layer.bias.copy_(layer.bias[::r * r].repeat_interleave(r * r, dim=0))
+
+
+class Discriminator(nn.Module):
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> [N] logits. The sigmoid is part of the loss (Eq. 1).
+
+    k3n64s1, LReLU, then k3 convolutions with BN and LReLU whose strides alternate between 2 and 1;
+    dense 1024, LReLU, dense 1. Built for one patch_size: at 96 the dense layer sees 512 x 6 x 6 = 18432.
+    """
+
+    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512)):
+        super().__init__()
+        layers = [conv(3, channels[0], 3), nn.LeakyReLU(0.2)]                   # k3n64s1
+        for i, (n_in, n) in enumerate(zip(channels, channels[1:])):             # n64s2 n128s1 n128s2 ... n512s2
+            layers += [conv(n_in, n, 3, s=1 + (i + 1) % 2, bias=False), nn.BatchNorm2d(n), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers)
+        side = math.ceil(patch_size / 2 ** (len(channels) // 2))                # 96 -> 6
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024), nn.LeakyReLU(0.2),
+                                        nn.Linear(1024, 1))
+
+    def forward(self, x):                      # [N, 3, 96, 96]
+        x = self.features(x)                   # [N, 512, 6, 6]
+        return self.classifier(x).float().squeeze(1)
+
+
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+VGG19_LAYERS = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1) for j in range(1, depth + 1)}
+
+
+class ContentNetwork(nn.Module):
+    """A frozen ImageNet network up to one layer: [N, 3, H, W] in [-1, 1] -> feature maps phi, divided by 12.75.
+
+    Sec. 3.2: "rescaling the VGG feature maps by a factor of 1/12.75", which makes the content loss
+    0.006 of Eq. 5. weights: "imagenet" (torchvision's file, downloaded on first use), a path to a
+    file in torchvision's layout, whole network or features alone, or "random" (seeded, for tests).
+    Raises InputError where the weights cannot be had.
+    """
+
+    def __init__(self, features, weights, url):
+        super().__init__()
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                for p in features.parameters():
+                    nn.init.kaiming_normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
+        else:
+            features.load_state_dict(_imagenet_state(features, weights, url))
+        self.features = features.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.features(((x + 1) / 2 - self.mean) / self.std).float() / 12.75
+
+
+class TruncatedVGG19(ContentNetwork):
+    """phi(i,j) of Eq. 5: VGG19 up to the j-th convolution, after its activation, before the i-th max-pooling.
+
+    layer "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6]. See ContentNetwork.
+    """
+
+    def __init__(self, layer="5_4", weights="imagenet"):
+        if layer not in VGG19_LAYERS:
+            raise InputError(f"VGG19 has no layer {layer!r}; it has {' '.join(VGG19_LAYERS)}")
+        layers, n_in = [], 3
+        for name, (i, j) in VGG19_LAYERS.items():
+            n = min(64 * 2 ** (i - 1), 512)
+            layers += [nn.MaxPool2d(2)] * (j == 1 and i > 1) + [conv(n_in, n, 3), nn.ReLU()]
+            n_in = n
+            if name == layer:
+                break
+        super().__init__(nn.Sequential(*layers), weights, VGG19_URL)
+
+
+class TruncatedSqueezeNet(ContentNetwork):
+    """A light content network, no part of the paper: SqueezeNet 1.1 up to features[layer], a sixtieth of VGG19's work.
+
+    layer 12 is the last: [N, 3, 96, 96] -> [N, 512, 5, 5]. See ContentNetwork.
+    """
+
+    def __init__(self, layer="12", weights="imagenet"):
+        from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+        features = squeezenet1_1().features
+        if not layer.isdecimal() or int(layer) >= len(features):
+            raise InputError(f"SqueezeNet 1.1 has no layer {layer!r}; it has 0 to {len(features) - 1}")
+        super().__init__(features[:int(layer) + 1], weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url)
+
+
+CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
+
+
+def _imagenet_state(features, weights, url):
+    """The part of a weights file in torchvision's layout that `features` needs, as float32."""
+    if weights == "imagenet":
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the hash differs
+            raise InputError(f"cannot download {url} ({error}); fetch it elsewhere and give its path as the "
+                             "content network's weights") from None
+    else:
+        state = load_checkpoint(weights)
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    missing = [key for key, value in features.state_dict().items()
+               if key not in state or state[key].shape != value.shape]
+    if missing:
+        raise InputError(f"{weights}: holds no weights of this network (features.{missing[0]} is missing or has another shape)")
+    return {key: state[key].float() for key in features.state_dict()}
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Losses. Sec. 2.2. Eq. 3: l^SR = l^SR_X + 1e-3 l^SR_Gen.
+# ---------------------------------------------------------------------------------------------
+
+PIXEL_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}  # Eq. 4: mean over pixels of (I^HR - G(I^LR))^2
+
+
+def content_loss(phi, sr, hr):
+    """Eq. 5: mean of (phi(I^HR) - phi(G(I^LR)))^2 over the feature maps; the HR side carries no gradient."""
+    with torch.no_grad():
+        target = phi(hr)
+    return F.mse_loss(phi(sr), target)
+
+
+def adversarial_loss(fake):
+    """Eq. 6: mean of -log D(G(I^LR)), from logits [N]: -log sigmoid(x) = softplus(-x)."""
+    return F.softplus(-fake).mean()
+
+
+def discriminator_loss(real, fake):
+    """Eq. 1, for D to minimise: -log D(I^HR) - log(1 - D(G(I^LR))), from logits [N]."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Metrics. Sec. 3.1: "on the y-channel of center-cropped, removal of a 4-pixel wide strip from
+#    each border". 8-bit pictures, float64 arithmetic.
+# ---------------------------------------------------------------------------------------------
+
+def _planes(picture, shave, luma):
+    """Picture(s) as psnr takes them -> float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, -3)
+    elif picture.is_floating_point():
+        picture = to_pixels(picture).movedim(-1, -3)  # the protocol compares what would be saved
+    if picture.dtype != torch.uint8 or picture.dim() < 3 or picture.shape[-3] != 3:
+        raise ValueError(f"expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not {picture.dtype} {tuple(picture.shape)}")
+    h, w = picture.shape[-2:]
+    if min(h, w) <= 2 * shave:
+        raise ValueError(f"nothing is left of {h}x{w} after {shave} pixels from each border")
+    x = picture[..., shave:h - shave, shave:w - shave].double()
+    if luma:  # ITU-R BT.601, studio swing: Y in [16, 235]
+        x = 16 + (65.481 * x[..., 0:1, :, :] + 128.553 * x[..., 1:2, :, :] + 24.966 * x[..., 2:3, :, :]) / 255
+    return x
+
+
+def _pair(sr, hr, shave, luma):
+    if sr.shape != hr.shape:
+        raise ValueError(f"pictures of two sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    return _planes(sr, shave, luma), _planes(hr, shave, luma)
+
+
+def psnr(sr, hr, shave=4, luma=True):
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical pictures.
+
+    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1] (which
+    are rounded to 8 bits first) -> float64 tensor [...]. shave: pixels removed from each border.
+    luma: on Y of BT.601 rather than on RGB. Raises ValueError for sizes that differ or vanish.
+    """
+    x, y = _pair(sr, hr, shave, luma)
+    value = 10 * torch.log10(255 ** 2 / ((x - y) ** 2).mean((-3, -2, -1)))
+    return value.item() if isinstance(sr, np.ndarray) else value
+
+
+def ssim(sr, hr, shave=4, luma=True):
+    """Structural similarity of Wang et al., IEEE TIP 2004, in [-1, 1]; arguments and errors of psnr.
+
+    11x11 Gaussian window of sigma 1.5, where it lies inside the picture; K1 0.01, K2 0.03, L 255.
+    """
+    x, y = _pair(sr, hr, shave, luma)
+    if min(x.shape[-2:]) < 11:
+        raise ValueError("SSIM needs 11x11 pixels inside the shaved border")
+    window = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
+    window = torch.softmax(-window ** 2 / (2 * 1.5 ** 2), dim=0)
+
+    def mean(z):  # local mean under the window, rows then columns
+        z = F.conv2d(z.reshape(-1, 1, *z.shape[-2:]), window.view(1, 1, -1, 1))
+        return F.conv2d(z, window.view(1, 1, 1, -1))
+
+    mu_x, mu_y = mean(x), mean(y)
+    var_x, var_y, cov = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2, mean(x * y) - mu_x * mu_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
+    value = similarity.view(*x.shape[:-2], -1).mean((-2, -1))
+    return value.item() if isinstance(sr, np.ndarray) else value
+
+
+def measure(sr, hr, shave=4, luma=True, lpips=None):
+    """{"psnr", "ssim", "lpips"} of two uint8 arrays [H, W, 3]; lpips: a function that load_lpips gave, or None."""
+    return {"psnr": psnr(sr, hr, shave, luma), "ssim": ssim(sr, hr, shave, luma), "lpips": lpips and lpips(sr, hr)}
+
+
+def aggregate(scores):
+    """A list of what measure gave -> {metric: {"mean", "std"} over the pictures, or None where it was not measured}."""
+    columns = {metric: [score[metric] for score in scores] for metric in scores[0]}
+    return {metric: None if None in values else {"mean": float(np.mean(values)), "std": float(np.std(values))}
+            for metric, values in columns.items()}
+
+
+def load_lpips(device="cpu"):
+    """LPIPS of Zhang et al., CVPR 2018 (AlexNet, version 0.1), as a function of two uint8 arrays [H, W, 3] -> float.
+
+    Whole RGB pictures, lower is better. Downloads AlexNet's weights on first use; raises InputError
+    where they or the package lpips cannot be had.
+    """
+    try:
+        import lpips
+        network = lpips.LPIPS(net="alex", verbose=False).to(device)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"LPIPS is not available ({error})") from None
+
+    @torch.inference_mode()
+    def distance(sr, hr):
+        x, y = (to_tensor(p)[None].to(device) * 2 - 1 for p in (sr, hr))
+        return network(x, y).item()
+    return distance
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Upscaling. A pixel of SR depends on LR pixels no further away than the generator's radius, so
+#    tiles that overlap by it, cut back to their own part, are the untiled result.
+# ---------------------------------------------------------------------------------------------
+
+def fold_batch_norm(generator):
+    """A copy of a generator for inference whose batch norms are part of the convolutions before them: the same function, faster."""
+    generator = copy.deepcopy(generator).eval()
+    for body in [block.body for block in generator.blocks] + [generator.fuse]:
+        for i, layer in enumerate(body):
+            if isinstance(layer, nn.BatchNorm2d):
+                body[i - 1], body[i] = nn.utils.fuse_conv_bn_eval(body[i - 1], layer), nn.Identity()
+    return generator
+
+
+@torch.inference_mode()
+def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progress=False):
+    """Super-resolve a picture: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
+
+    tile: side in LR pixels of the parts that are computed one at a time, 256 by default, 0 for the
+    whole picture at once; it bounds the memory and does not change the result. ensemble: mean over
+    the eight flips and rotations. precision: see autocast. progress: a bar over the tiles.
+    """
+    (h, w), scale, radius = image.shape[:2], generator.arch["scale"], generator.radius
+    device = next(generator.parameters()).device
+    lr = to_tensor(np.ascontiguousarray(image))[None]  # [1, 3, h, w]
+    out = np.empty((h * scale, w * scale, 3), np.uint8)
+    tile = 256 if tile is None else tile or max(h, w)
+    rows, columns = (np.linspace(0, n, math.ceil(n / tile) + 1).astype(int) for n in (h, w))
+    parts = [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
+    for t, b, l, r in tqdm(parts, unit="tile", leave=False, disable=not progress or len(parts) == 1):
+        t0, l0 = max(t - radius, 0), max(l - radius, 0)
+        x = lr[:, :, t0:b + radius, l0:r + radius].to(device)
+        with autocast(device, precision):
+            sr = _ensemble(generator, x) if ensemble else generator(x)
+        sr = sr[0, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+        out[t * scale:b * scale, l * scale:r * scale] = to_pixels(sr).cpu().numpy()
+    return out
+
+
+def _ensemble(generator, x):
+    """Mean of G over the eight symmetries of the square, each undone after G: [1, 3, h, w] -> [1, 3, scale h, scale w]."""
+    total = 0
+    for turns in range(4):
+        for mirrored in (False, True):
+            y = torch.rot90(x.flip(3) if mirrored else x, turns, (2, 3))
+            y = torch.rot90(generator(y), -turns, (2, 3))
+            total = total + (y.flip(3) if mirrored else y)
+    return total / 8
+
+
+def pick_device(name="auto"):
+    """"auto" (the first CUDA GPU, else the CPU) or any device that torch names. Raises InputError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises exceptions of several types for devices that are unknown or absent
+        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); take cpu, cuda or cuda:1") from None
+    return device
+
+
+def pick_precision(device, name="auto"):
+    """"bf16" or "fp32" as named; for "auto", bf16 where the device computes in it: newer GPUs, CPUs with AVX512-BF16 or AMX."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native and device.type == "cpu" else "fp32"
+
+
+def autocast(device, precision):
+    """The context that networks run in: "fp32" or "bf16" (convolutions; weights, losses and results stay float32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator" (the state of its
+#    exponential moving average, which is the result), "arch" (its arguments), and what train.py adds.
+# ---------------------------------------------------------------------------------------------
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path` to write to; it takes the place of `path` on success and vanishes on failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replacing_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_checkpoint(path, generator, **more):
+    """Write `generator`'s weights and arguments, and whatever else is given, at once or not at all."""
+    with replacing(path) as temporary:
+        torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A dictionary that torch.save wrote; nothing in the file is executed. Raises InputError where it is none."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises exceptions of many types on files of other kinds
+        raise InputError(f"{path}: no checkpoint of plain tensors ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: no checkpoint but a {type(state).__name__}")
+    return state
+
+
+def load_generator(path, device="cpu"):
+    """The Generator of any checkpoint that train.py wrote, in eval mode. Raises InputError."""
+    state = load_checkpoint(path, device)
+    if not {"generator", "arch"} <= state.keys():
+        raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
+    try:
+        generator = Generator(**state["arch"])
+        generator.load_state_dict(state["generator"])
+    except Exception as error:  # TypeError: other arguments; RuntimeError: other weights; AttributeError: no dictionary
+        raise InputError(f"{path}: holds a generator of another architecture ({' '.join(str(error).split())[:120]})") from None
+    return generator.to(device, memory_format=torch.channels_last).eval()
+
+
+def run(main):
+    """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
+    try:
+        status = main()
+    except (InputError, OSError) as error:
+        status = f"{error}"
+    except torch.OutOfMemoryError:
+        status = "out of memory; take a smaller --tile, or --batch-size, or --device cpu"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if isinstance(status, str):
+        print(f"{Path(sys.argv[0]).name}: {status}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
