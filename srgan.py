@@ -124,8 +124,13 @@ def downsample(hr, scale=4, kernel="bicubic"):
     n, c, h, w = hr.shape
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is no multiple of {scale}")
-    if kernel == "bicubic":
-        lr = F.interpolate(hr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
+
+    def on_grid(x):
+        return x.clamp(0, 1).mul(255).round().div(255)
+
+    if kernel == "bicubic":  # Pillow's two passes, the first of which leaves 8 bits, too
+        lr = on_grid(F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True))
+        lr = F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
     elif kernel == "gaussian":
         margin = 5 * scale // 4  # the taps reach 4 sigma
         taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
@@ -135,7 +140,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
         lr = lr.view(n, c, h // scale, w // scale)
     else:
         raise ValueError(f"unknown kernel {kernel!r}: bicubic or gaussian")
-    return lr.clamp(0, 1).mul(255).round().div(255)
+    return on_grid(lr)
 
 
 def find_pairs(folder, lr_folder=None, scale=4):
@@ -751,6 +756,16 @@ def autocast(device, precision):
 # 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator" (the state of its
 #    exponential moving average, which is the result), "arch" (its arguments), and what train.py adds.
 # ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ema_(average, network, decay):
+    """average <- decay average + (1 - decay) network, in place, over parameters and batch-norm statistics alike."""
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values()))
+    torch._foreach_lerp_(*map(list, zip(*[(a, b) for a, b in pairs if a.is_floating_point()])), 1 - decay)
+    for a, b in pairs:
+        if not a.is_floating_point():  # batch norm's count of batches
+            a.copy_(b)
+
 
 @contextmanager
 def replacing(path):

@@ -182,16 +182,6 @@ def start_generator(args, config):
     return generator
 
 
-@torch.no_grad()
-def ema_(average, network, decay):
-    """average <- decay average + (1 - decay) network, over parameters and batch-norm statistics alike."""
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values()))
-    torch._foreach_lerp_(*map(list, zip(*[(a, b) for a, b in pairs if a.is_floating_point()])), 1 - decay)
-    for a, b in pairs:
-        if not a.is_floating_point():  # batch norm's count of batches
-            a.copy_(b)
-
-
 def validate(generator, pairs, config, lpips, sheet=None):
     """Mean and standard deviation of each metric over the validation set; generator None measures bicubic.
 
@@ -383,7 +373,7 @@ def main():
         values = update(lr, hr)
         sums += values
         step += 1
-        ema_(average, generator, min(config["ema"], (1 + step) / (10 + step)))
+        srgan.ema_(average, generator, min(config["ema"], (1 + step) / (10 + step)))
         bar.update()
         if rank == 0 and time.monotonic() - shown > 1:  # reading a loss waits for the GPU: once a second
             shown = time.monotonic()

@@ -1,0 +1,125 @@
+"""Measure generators on a test set by the protocol of the field: PSNR and SSIM on Y, a border of `scale` pixels removed, 8 bits.
+
+    python evaluate.py --ckpt runs/gan/checkpoint_best_psnr.pth weights/srresnet.pth --data Set14
+
+DIR holds HR pictures, or HR/ and LR_bicubic_x4/. Without LR pictures they are made from the HR ones.
+Prints mean and standard deviation over the pictures, for bicubic upscaling and for each checkpoint.
+Exit status: 0; 1 where some pictures could not be measured; 2 for wrong usage or unusable input.
+"""
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import srgan
+from srgan import InputError
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", nargs="*", default=[], metavar="FILE", help="checkpoints of train.py (none: bicubic alone)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="HR pictures, or HR/ and LR_bicubic_x4/")
+    parser.add_argument("--lr", metavar="DIR", help="LR pictures made elsewhere, of the same names, or ending in x4 or _LR")
+    parser.add_argument("--scale", type=int, choices=srgan.SCALES, help="default: the checkpoints', else 4")
+    parser.add_argument("--kernel", choices=("bicubic", "gaussian"), default="bicubic", help="how LR is made where it is not given")
+    parser.add_argument("--rgb", action="store_true", help="measure on RGB instead of Y")
+    parser.add_argument("--shave", type=int, metavar="N", help="border pixels to leave out (default: scale)")
+    parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which downloads AlexNet on first use")
+    parser.add_argument("--per-image", action="store_true", help="a row for each picture, too")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured")
+    parser.add_argument("--csv", metavar="FILE", help="write a row for each model and picture")
+    parser.add_argument("--save-images", metavar="DIR", help="write the SR pictures, and comparisons with bicubic and HR")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if args.shave is not None and args.shave < 0:
+        parser.error("--shave must be 0 or above")
+    return args
+
+
+def cells(metrics):
+    """The three metrics as table cells: single values of a picture, or mean and standard deviation of a model."""
+    text = []
+    for name, digits in (("psnr", 2), ("ssim", 4), ("lpips", 4)):
+        value = metrics[name]
+        if isinstance(value, dict):
+            text.append(f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}")
+        else:
+            text.append("-" if value is None else f"{value:.{digits}f}")
+    return "".join(f"{cell:>18s}" for cell in text)
+
+
+def save_pictures(folder, names, stem, pictures, hr, scores):
+    """Each model's SR as <folder>/<model>/<stem>.png, and all of them beside HR as <folder>/comparison/<stem>.png."""
+    sheet = srgan.strip([*pictures, hr], [f"{name} {score['psnr']:.2f} dB / {score['ssim']:.4f}"
+                                          for name, score in zip(names, scores)] + ["HR"])
+    for name, picture in [*zip(names, map(srgan.Image.fromarray, pictures)), ("comparison", sheet)]:
+        path = Path(folder) / name / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with srgan.replacing(path) as temporary:
+            picture.save(temporary)
+
+
+def main():
+    args = parse_args()
+    device = srgan.pick_device(args.device)
+    generators = {path: srgan.fold_batch_norm(srgan.load_generator(path, device)) for path in args.ckpt}
+    scales = {g.arch["scale"] for g in generators.values()} | ({args.scale} if args.scale else set())
+    if len(scales) > 1:
+        raise InputError(f"one table is of one scale, not of {sorted(scales)}")
+    scale = scales.pop() if scales else 4
+    shave = scale if args.shave is None else args.shave
+    pairs = srgan.find_pairs(args.data, args.lr, scale)
+    lpips, failed = None, 0
+    if not args.no_lpips:
+        try:
+            lpips = srgan.load_lpips(device)
+        except InputError as error:
+            print(f"{error}; going on without it", file=sys.stderr)
+
+    models = ["bicubic", *generators]
+    folders = [("_".join(Path(m).with_suffix("").parts[-2:]) if m in generators else m) for m in models]  # gan_checkpoint_best_psnr
+    scores = {model: {} for model in models}
+    for stem, hr_path, lr_path in tqdm(pairs, unit="picture", leave=False, disable=not sys.stderr.isatty()):
+        try:
+            lr, hr = srgan.open_pair(hr_path, lr_path, scale, args.kernel)
+            pictures = [srgan.bicubic(lr, scale)] + [srgan.upscale(g, lr) for g in generators.values()]
+            row = [srgan.measure(sr, hr, shave, not args.rgb, lpips) for sr in pictures]
+        except ValueError as error:  # unreadable, or smaller than what the metrics need
+            print(f"{stem}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        for model, score in zip(models, row):
+            scores[model][stem] = score
+        if args.save_images:
+            save_pictures(args.save_images, folders, stem, pictures, hr, row)
+    if failed == len(pairs):
+        raise InputError(f"{args.data}: no picture could be measured")
+
+    lr_source = args.lr or ("LR pictures of the folder" if pairs[0][2] else f"{args.kernel} x1/{scale} of HR")
+    print(f"{args.data}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {'RGB' if args.rgb else 'Y'}, "
+          f"{shave} border pixels removed, 8 bits")
+    result = {model: {**srgan.aggregate(list(rows.values())), "images": rows} for model, rows in scores.items()}
+    width = max(len(name) for name in [*models, *(["  " + stem for stem in scores["bicubic"]] if args.per_image else [])]) + 2
+    print(f"{'':{width}s}{'PSNR (dB)':>18s}{'SSIM':>18s}{'LPIPS':>18s}")
+    for model in models:
+        print(f"{model:{width}s}{cells(result[model])}")
+        for stem, score in result[model]["images"].items() if args.per_image else ():
+            print(f"{'  ' + stem:{width}s}{cells(score)}")
+
+    if args.json:
+        protocol = {"channels": "RGB" if args.rgb else "Y", "shave": shave, "bits": 8, "lr": lr_source}
+        document = {"data": args.data, "scale": scale, "protocol": protocol, "models": result}
+        srgan.replacing_text(args.json, json.dumps(document, indent=2) + "\n")
+    if args.csv:
+        with srgan.replacing(args.csv) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["model", "image", "psnr", "ssim", "lpips"])
+            writer.writerows([model, stem, *score.values()] for model in models for stem, score in scores[model].items())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    srgan.run(main)

@@ -1,0 +1,158 @@
+import http.server
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import srgan
+
+
+def notation(layers):
+    """Convolutions in the notation of Fig. 4 and the other layers by name."""
+    names = {nn.BatchNorm2d: "BN", nn.PReLU: "PReLU", nn.LeakyReLU: "LReLU", nn.PixelShuffle: "PixelShuffle"}
+    return [f"k{m.kernel_size[0]}n{m.out_channels}s{m.stride[0]}" if isinstance(m, nn.Conv2d)
+            else f"dense {m.out_features}" if isinstance(m, nn.Linear) else names.get(type(m))
+            for m in layers if isinstance(m, (nn.Conv2d, nn.Linear, *names))]
+
+
+def test_the_generator_is_that_of_figure_4():
+    g = srgan.Generator()
+    block = ["k3n64s1", "BN", "PReLU", "k3n64s1", "BN"]
+    assert notation(g.modules()) == (["k9n64s1", "PReLU"] + 16 * block + ["k3n64s1", "BN"]
+                                     + 2 * ["k3n256s1", "PixelShuffle", "PReLU"] + ["k9n3s1"])
+    assert sum(p.numel() for p in g.parameters()) == 1_547_350
+    biases_before_bn = sum(layer.out_channels for layer in g.modules() if isinstance(layer, nn.Conv2d) and layer.bias is None)
+    assert 1_547_350 + biases_before_bn == 1_549_462
+
+
+def test_the_generator_sums_where_figure_4_sums():
+    g = srgan.Generator(channels=8, n_blocks=2).eval()
+    for p in g.parameters():
+        nn.init.normal_(p, std=0.2)
+    x = torch.rand(1, 3, 5, 7)
+    first = g.head(x)
+    one = first + g.blocks[0].body(first)
+    two = one + g.blocks[1].body(one)
+    expected = torch.tanh(g.tail(g.upsample(first + g.fuse(two))))
+    assert torch.allclose(g(x), expected, atol=1e-6)
+
+
+def test_the_discriminator_is_that_of_figure_4():
+    d = srgan.Discriminator()
+    rest = ["n64s2", "n128s1", "n128s2", "n256s1", "n256s2", "n512s1", "n512s2"]
+    assert notation(d.modules()) == (["k3n64s1", "LReLU"] + [x for layer in rest for x in ("k3" + layer, "BN", "LReLU")]
+                                     + ["dense 1024", "LReLU", "dense 1"])
+    assert all(m.negative_slope == 0.2 for m in d.modules() if isinstance(m, nn.LeakyReLU))
+    assert d.features(torch.zeros(1, 3, 96, 96)).flatten(1).shape == (1, 18432)
+    assert d(torch.zeros(2, 3, 96, 96)).shape == (2,)
+
+
+@pytest.mark.parametrize("scale", srgan.SCALES)
+def test_the_generator_starts_as_nearest_neighbour_upsampling(scale):
+    x = torch.rand(1, 3, 12, 10)
+    y = srgan.Generator(scale, channels=8, n_blocks=1).eval()(x)
+    assert y.shape == (1, 3, 12 * scale, 10 * scale) and y.abs().max() <= 1
+    expected = torch.tanh(2.5 * x - 1.25).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    assert torch.allclose(y, expected, atol=1e-5)
+
+
+def test_icnr_leaves_no_checkerboard():
+    layer = nn.Conv2d(6, 12, 3, padding=1)
+    srgan.icnr_(layer)
+    y = nn.functional.pixel_shuffle(layer(torch.rand(1, 6, 5, 5)), 2)
+    assert torch.equal(y, y[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("layer", srgan.VGG19_LAYERS)
+def test_vgg19_is_torchvisions_up_to_the_activation_of_phi(layer):
+    vgg19 = pytest.importorskip("torchvision").models.vgg.make_layers
+    i, j = map(int, layer.split("_"))
+    phi = srgan.TruncatedVGG19(layer, "random")
+    whole = vgg19([64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"])
+    pools = [k for k, m in enumerate(whole) if isinstance(m, nn.MaxPool2d)]
+    cut = whole[:([-1] + pools)[i - 1] + 1 + 2 * j]
+    cut.load_state_dict(phi.features.state_dict())
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = ((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        expected = cut(normalised) / 12.75
+    assert expected.any() and torch.allclose(phi(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in phi.parameters())
+
+
+def test_content_weights_load_from_a_whole_network_or_from_features_alone(tmp_path):
+    phi = srgan.TruncatedVGG19("2_2", "random")
+    features = {key: value + 1 for key, value in phi.features.state_dict().items()}
+    torch.save({f"features.{key}": value.half() for key, value in features.items()} | {"classifier.0.weight": torch.zeros(3)}, tmp_path / "whole.pth")
+    torch.save(features, tmp_path / "features.pth")
+    for name in ("whole.pth", "features.pth"):
+        loaded = srgan.TruncatedVGG19("2_2", str(tmp_path / name)).features.state_dict()
+        assert all(torch.allclose(loaded[key], features[key], atol=2e-3) for key in features)
+    with pytest.raises(srgan.InputError, match="features.10.weight"):
+        srgan.TruncatedVGG19("3_1", str(tmp_path / "whole.pth"))
+    with pytest.raises(srgan.InputError, match="no such file"):
+        srgan.TruncatedVGG19("2_2", str(tmp_path / "missing.pth"))
+    with pytest.raises(srgan.InputError, match="5_5"):
+        srgan.TruncatedVGG19("5_5", "random")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on 127.0.0.1 over the folder tmp_path / "www": its address."""
+    (tmp_path / "www").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "www")
+
+        def log_message(self, *args):
+            pass
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+
+
+def test_imagenet_weights_are_downloaded_once_and_checked(server, tmp_path, monkeypatch):
+    import hashlib
+    state = {f"features.{key}": value for key, value in srgan.TruncatedVGG19("2_2", "random").features.state_dict().items()}
+    torch.save(state, tmp_path / "vgg.pth")
+    content = (tmp_path / "vgg.pth").read_bytes()
+    good, bad = f"vgg19-{hashlib.sha256(content).hexdigest()[:8]}.pth", "vgg19-01234567.pth"
+    for name in (good, bad):
+        (tmp_path / "www" / name).write_bytes(content)
+    monkeypatch.setattr(srgan, "VGG19_URL", f"{server}/{good}")
+    first = srgan.TruncatedVGG19("2_2")
+    assert torch.equal(first.features[0].weight, state["features.0.weight"])
+    (tmp_path / "www" / good).unlink()
+    srgan.TruncatedVGG19("2_2")  # from the cache
+    for url in (f"{server}/{bad}", f"{server}/missing-01234567.pth", "http://127.0.0.1:9/vgg19-01234567.pth"):
+        monkeypatch.setattr(srgan, "VGG19_URL", url)
+        with pytest.raises(srgan.InputError, match="cannot download"):
+            srgan.TruncatedVGG19("2_2")
+
+
+def test_squeezenet_is_cut_after_the_layer_that_is_named():
+    pytest.importorskip("torchvision")
+    assert srgan.TruncatedSqueezeNet(weights="random")(torch.zeros(1, 3, 96, 96)).shape == (1, 512, 5, 5)
+    assert srgan.TruncatedSqueezeNet("3", "random")(torch.zeros(1, 3, 96, 96)).shape[1] == 128
+    with pytest.raises(srgan.InputError, match="13"):
+        srgan.TruncatedSqueezeNet("13", "random")
+
+
+def test_losses_are_the_papers_equations():
+    real, fake = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([-3.0, 0.1, 40.0])
+    p_real, p_fake = torch.sigmoid(real.double()), torch.sigmoid(fake.double())
+    assert torch.isclose(srgan.adversarial_loss(fake).double(), -p_fake.log().mean())
+    one_minus = torch.sigmoid(-fake.double())  # 1 - D, without cancellation
+    assert torch.isclose(srgan.discriminator_loss(real, fake).double(), -p_real.log().mean() - one_minus.log().mean())
+    phi = srgan.TruncatedVGG19("1_2", "random")
+    sr, hr = (torch.rand(2, 3, 16, 16) * 2 - 1 for _ in range(2))
+    sr.requires_grad_(), hr.requires_grad_()
+    loss = srgan.content_loss(phi, sr, hr)
+    unscaled = (phi(hr) * 12.75 - phi(sr) * 12.75).square().mean()
+    assert torch.isclose(loss, unscaled * 0.00615, rtol=1e-3)  # "a factor of approximately 0.006"
+    loss.backward()
+    assert sr.grad.any() and hr.grad is None

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+from conftest import photo
+from torch import nn
+
+import srgan
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """A generator of random weights whose batch norms have seen some pictures."""
+    torch.manual_seed(0)
+    g = srgan.Generator(channels=8, n_blocks=3)
+    for p in g.parameters():
+        nn.init.normal_(p, std=0.15) if p.dim() > 1 else nn.init.uniform_(p, 0.1, 0.5)
+    for _ in range(3):
+        g.train()(torch.rand(4, 3, 24, 24))
+    return g.eval()
+
+
+@pytest.mark.parametrize("tile", [1, 5, 16, 31])
+def test_no_tiling_shows_in_the_result(generator, tile):
+    image = photo(37, 45)
+    whole = srgan.upscale(generator, image, tile=0)
+    assert whole.shape == (148, 180, 3) and whole.std() > 5
+    assert np.array_equal(srgan.upscale(generator, image, tile=tile), whole)
+
+
+@pytest.mark.parametrize("scale", srgan.SCALES)
+@pytest.mark.parametrize("n_blocks", [1, 5])
+def test_the_radius_is_how_far_the_generator_sees(scale, n_blocks):
+    g = srgan.Generator(scale, channels=4, n_blocks=n_blocks).double().eval()
+    for p in g.parameters():
+        nn.init.uniform_(p, 0.02, 0.1)  # all positive: no influence cancels
+    n = 2 * g.radius + 9
+    x = torch.zeros(1, 3, n, n, dtype=torch.double, requires_grad=True)
+    g.blocks.float().double()
+    y = g.tail(g.upsample((h := g.head(x)) + g.fuse(g.blocks(h))))
+    centre = n // 2
+    y[..., centre * scale:(centre + 1) * scale, centre * scale:(centre + 1) * scale].sum().backward()
+    seen = x.grad[0, 0].any(0).nonzero()
+    assert centre - seen.min() <= g.radius and seen.max() - centre <= g.radius
+    assert max(centre - seen.min(), seen.max() - centre) == g.radius  # and no smaller radius would do
+
+
+def test_folding_batch_norm_changes_nothing(generator):
+    folded = srgan.fold_batch_norm(generator)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in generator.modules())
+    x = torch.rand(1, 3, 20, 20)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), generator(x), atol=1e-5)
+        assert (generator(x) - generator.train()(x)).abs().max() > 1e-2  # the norms do something
+    generator.eval()
+
+
+def test_the_ensemble_does_not_depend_on_how_the_picture_is_held(generator):
+    image = photo(20, 28)
+    one = srgan.upscale(generator, image, ensemble=True)
+    other = srgan.upscale(generator, np.rot90(image[:, ::-1]), ensemble=True)
+    assert np.abs(one.astype(int) - np.rot90(other, -1)[:, ::-1]).max() <= 1
+    assert not np.array_equal(one, srgan.upscale(generator, image))
+
+
+def test_bf16_stays_near_fp32(generator):
+    image = photo(20, 28)
+    one, other = (srgan.upscale(generator, image, precision=p).astype(int) for p in ("fp32", "bf16"))
+    assert 0 < np.abs(one - other).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2)])
+def test_the_smallest_pictures_are_upscaled_too(generator, size):
+    assert srgan.upscale(generator, photo(*size)).shape == (size[0] * 4, size[1] * 4, 3)
+
+
+def test_checkpoints_come_back_as_they_were(generator, tmp_path):
+    srgan.save_checkpoint(tmp_path / "g.pth", generator, stage="srresnet")
+    loaded = srgan.load_generator(tmp_path / "g.pth")
+    assert not loaded.training and loaded.arch == generator.arch
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), generator.state_dict().values()))
+    assert [p.name for p in tmp_path.iterdir()] == ["g.pth"]
+
+
+def test_what_is_no_checkpoint_is_named_and_not_run(generator, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+    good = {"generator": generator.state_dict(), "arch": generator.arch}
+    for name, content in {"pickled.pth": Evil(), "model.pth": generator, "list.pth": [1], "other.pth": {"state_dict": {}},
+                          "wider.pth": {**good, "arch": {**generator.arch, "channels": 16}},
+                          "unknown.pth": {**good, "arch": {"depth": 3}}, "none.pth": {**good, "arch": None}}.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(srgan.InputError, match=name):
+            srgan.load_generator(tmp_path / name)
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").touch()
+    for name in ("text.pth", "empty.pth", "missing.pth"):
+        with pytest.raises(srgan.InputError, match=name):
+            srgan.load_generator(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    srgan.replacing_text(path, "old")
+    with pytest.raises(RuntimeError), srgan.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_average_follows_the_network():
+    a, b = srgan.Generator(channels=4, n_blocks=1), srgan.Generator(channels=4, n_blocks=1)
+    b.train()(torch.rand(2, 3, 8, 8))
+    before = {key: value.clone() for key, value in a.state_dict().items()}
+    srgan.ema_(a, b, 0.75)
+    for key, value in a.state_dict().items():
+        expected = 0.75 * before[key] + 0.25 * b.state_dict()[key] if value.is_floating_point() else b.state_dict()[key]
+        assert torch.allclose(value, expected, atol=1e-6), key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpu_gives_the_cpus_picture(generator):
+    image = photo(40, 50)
+    gpu = srgan.upscale(srgan.copy.deepcopy(generator).cuda(), image, tile=20)
+    assert np.abs(gpu.astype(int) - srgan.upscale(generator, image)).max() <= 2

@@ -1,0 +1,161 @@
+"""Upscale pictures with the bundled weights, or your own.
+
+    python upscale.py in.png out.png
+    python upscale.py folder/ big/                      every picture of a folder
+    python upscale.py a.jpg b.png big/                  several files to a folder
+    python upscale.py in.png out.png --outscale 2       twice the size instead of four times
+
+Grey stays grey, transparency and the ICC profile and DPI are kept, EXIF rotation is applied.
+Palettes become RGB, CMYK becomes sRGB, 16 bits per channel become 8; in folders the results are PNG.
+Exit status: 0; 1 where some pictures failed (the others are done); 2 for wrong usage or unusable input.
+"""
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import srgan
+from srgan import InputError
+
+WEIGHTS = Path(__file__).parent / "weights"
+SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
+OPAQUE = ("JPEG", "BMP", "PPM")  # formats without transparency
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="+", help="pictures or folders")
+    parser.add_argument("output", help="a file for one picture, else a folder (a folder for one picture: write it with a / at the end)")
+    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py instead of the bundled weights")
+    parser.add_argument("--model", choices=("srgan", "srresnet"), help="bundled weights: crisp, or faithful to every pixel "
+                        "(default: srgan where it is bundled)")
+    parser.add_argument("--blend", type=float, metavar="A", help="weights between SRResNet (0) and SRGAN (1)")
+    parser.add_argument("--ensemble", action="store_true", help="mean over the eight flips and rotations: better, eight times slower")
+    parser.add_argument("--outscale", type=float, metavar="S", help="final size, relative to the input")
+    parser.add_argument("--tile", type=int, metavar="N", help="side of the parts computed at once, in input pixels; 0: no tiles (default: 256)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="bf16: faster, within about a grey level")
+    args = parser.parse_args()
+    if args.ckpt and (args.model or args.blend is not None):
+        parser.error("--ckpt takes the place of --model and --blend")
+    if args.model and args.blend is not None:
+        parser.error("--blend is between both models; leave --model out")
+    if args.blend is not None and not 0 <= args.blend <= 1:
+        parser.error("--blend must be from 0 to 1")
+    if args.outscale is not None and not 0 < args.outscale < math.inf:
+        parser.error("--outscale must be above 0")
+    if args.tile is not None and args.tile < 0:
+        parser.error("--tile must be 0 or above")
+    return args
+
+
+def load_model(args, device):
+    """(description, generator for inference) that the options ask for. Raises InputError."""
+    def bundled(name):
+        path = WEIGHTS / f"{name}.pth"
+        if not path.exists():
+            raise InputError(f"{path} is not bundled; train it and name it with --ckpt")
+        return srgan.load_generator(path, device)
+
+    if args.ckpt:
+        name, generator = args.ckpt, srgan.load_generator(args.ckpt, device)
+    elif args.blend is not None:
+        name, generator, end = f"blend {args.blend:g}", bundled("srresnet"), bundled("srgan")
+        srgan.ema_(generator, end, 1 - args.blend)
+    else:
+        name = args.model or ("srgan" if (WEIGHTS / "srgan.pth").exists() else "srresnet")
+        generator = bundled(name)
+    return name, srgan.fold_batch_norm(generator)
+
+
+def plan(inputs, output):
+    """[(input path, output path)]; makes the output folder. Raises InputError where the paths cannot be meant."""
+    target = Path(output)
+    if len(inputs) == 1 and not Path(inputs[0]).is_dir() and not output.endswith(("/", os.sep)):
+        if target.is_dir():
+            raise InputError(f"{output} is a folder; write {output}{os.sep} to put the picture into it, or name a file")
+        if not target.parent.is_dir():
+            raise InputError(f"{target.parent}: no such folder")
+        jobs = [(Path(inputs[0]), target)]
+    else:
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{output} is a file; name a folder for several pictures")
+        jobs = []
+        for entry in map(Path, inputs):
+            pictures = srgan.find_images(entry) if entry.is_dir() else [entry]
+            root = entry if entry.is_dir() else entry.parent
+            jobs += [(p, target / p.relative_to(root).with_suffix(".png")) for p in pictures]
+        if target.resolve().parts in [p.resolve().parts[:len(target.resolve().parts)] for p in map(Path, inputs) if p.is_dir()]:
+            raise InputError(f"{output} holds the input; name another folder")
+    taken = {}
+    sources = {source.resolve() for source, _ in jobs}
+    for source, result in jobs:
+        if result.resolve() in sources:
+            raise InputError(f"{result} is an input, which is never overwritten; name another output")
+        if result in taken:
+            raise InputError(f"{source} and {taken[result]} would both become {result}")
+        taken[result] = source
+        if result.suffix.lower() not in Image.registered_extensions() or format_of(result) not in Image.SAVE:
+            raise InputError(f"{result}: no format of that ending can be written; take .png, .jpg or .webp")
+    return jobs
+
+
+def format_of(path):
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+def upscale_image(generator, image, outscale=None, **options):
+    """PIL.Image as open_image gives it -> PIL.Image of the same mode, larger by the generator's scale or to `outscale`.
+
+    Grey pictures go through the generator as RGB and come back as its luma; so does transparency, which is
+    left as it is where it is the same everywhere.
+    """
+    def through(picture):
+        return Image.fromarray(srgan.upscale(generator, np.array(picture.convert("RGB")), **options))
+
+    *colours, alpha = image.split() if image.mode in ("LA", "RGBA") else (*image.split(), None)
+    result = through(Image.merge("RGB", colours) if len(colours) == 3 else colours[0])
+    if len(colours) == 1:
+        result = result.convert("L")
+    if alpha is not None:
+        low, high = alpha.getextrema()
+        result.putalpha(Image.new("L", result.size, low) if low == high else through(alpha).convert("L"))
+    if outscale:
+        size = [max(1, round(side * outscale)) for side in image.size]
+        result = result.resize(size, Image.Resampling.LANCZOS)
+    return result
+
+
+def main():
+    args = parse_args()
+    jobs = plan(args.input, args.output)
+    device = srgan.pick_device(args.device)
+    name, generator = load_model(args, device)
+    print(f"{name}, x{generator.arch['scale']}, on {device}", file=sys.stderr)
+    options = {"tile": args.tile, "ensemble": args.ensemble, "precision": srgan.pick_precision(device, args.precision)}
+    failures = []
+    for source, result in tqdm(jobs, unit="picture", disable=len(jobs) == 1 or not sys.stderr.isatty()):
+        try:
+            image = srgan.open_image(source)
+            if "A" in image.mode and format_of(result) in OPAQUE:
+                raise InputError(f"{source}: {format_of(result)} cannot hold its transparency; write .png or .webp")
+            large = upscale_image(generator, image, args.outscale, progress=sys.stderr.isatty(), **options)
+            result.parent.mkdir(parents=True, exist_ok=True)
+            with srgan.replacing(result) as temporary:
+                large.save(temporary, format_of(result), **image.info, **SAVE.get(format_of(result), {}))
+        except (InputError, OSError) as error:
+            failures.append(str(error))
+    if len(failures) == len(jobs) == 1:
+        raise InputError(failures[0])
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    srgan.run(main)
