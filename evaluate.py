@@ -23,6 +23,8 @@ def parse_args():
     parser.add_argument("--ckpt", nargs="*", default=[], metavar="FILE", help="checkpoints of train.py (none: bicubic alone)")
     parser.add_argument("--data", required=True, metavar="DIR", help="HR pictures, or HR/ and LR_bicubic_x4/")
     parser.add_argument("--lr", metavar="DIR", help="LR pictures made elsewhere, of the same names, or ending in x4 or _LR")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="only this part of DIR, divided as the first checkpoint's "
+                        "training divided its data (default: 80/15/5)")
     parser.add_argument("--scale", type=int, choices=srgan.SCALES, help="default: the checkpoints', else 4")
     parser.add_argument("--kernel", choices=("bicubic", "gaussian"), default="bicubic", help="how LR is made where it is not given")
     parser.add_argument("--rgb", action="store_true", help="measure on RGB instead of Y")
@@ -71,7 +73,13 @@ def main():
         raise InputError(f"one table is of one scale, not of {sorted(scales)}")
     scale = scales.pop() if scales else 4
     shave = scale if args.shave is None else args.shave
-    pairs = srgan.find_pairs(args.data, args.lr, scale)
+    pairs = srgan.find_pairs(args.data, args.lr, scale, args.kernel)
+    if args.split:
+        config = srgan.load_checkpoint(args.ckpt[0]).get("config", {}) if args.ckpt else {}
+        chosen = srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))[args.split]
+        pairs = [pair for pair in pairs if pair[1] in chosen]
+        if not pairs:
+            raise InputError(f"{args.data}: the {args.split} part is empty")
     lpips, failed = None, 0
     if not args.no_lpips:
         try:
@@ -99,7 +107,7 @@ def main():
         raise InputError(f"{args.data}: no picture could be measured")
 
     lr_source = args.lr or ("LR pictures of the folder" if pairs[0][2] else f"{args.kernel} x1/{scale} of HR")
-    print(f"{args.data}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {'RGB' if args.rgb else 'Y'}, "
+    print(f"{args.data}{f' ({args.split})' if args.split else ''}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {'RGB' if args.rgb else 'Y'}, "
           f"{shave} border pixels removed, 8 bits")
     result = {model: {**srgan.aggregate(list(rows.values())), "images": rows} for model, rows in scores.items()}
     width = max(len(name) for name in [*models, *(["  " + stem for stem in scores["bicubic"]] if args.per_image else [])]) + 2

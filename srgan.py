@@ -144,17 +144,17 @@ def downsample(hr, scale=4, kernel="bicubic"):
     return on_grid(lr)
 
 
-def find_pairs(folder, lr_folder=None, scale=4):
+def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
     """[(stem, HR path, LR path or None)] of a validation or test set, sorted by stem.
 
-    `folder` holds HR pictures, or the folders HR and LR_bicubic_x<scale>. LR pictures made
+    `folder` holds HR pictures, or the folders HR and LR_<kernel>_x<scale>. LR pictures made
     elsewhere bear the HR's stem, alone or with the usual endings (x4, _x4, _LR, _LRx4, _LR_x4, or
     _SRF_4_LR for an HR that ends in _SRF_4_HR). Raises InputError: a stem twice, an HR without its LR.
     """
     folder = Path(folder)
     if (folder / "HR").is_dir():
-        if lr_folder is None and (folder / f"LR_bicubic_x{scale}").is_dir():
-            lr_folder = folder / f"LR_bicubic_x{scale}"
+        if lr_folder is None and (folder / f"LR_{kernel}_x{scale}").is_dir():
+            lr_folder = folder / f"LR_{kernel}_x{scale}"
         folder = folder / "HR"
     hr = _by_stem(folder)
     if lr_folder is None:
@@ -177,6 +177,16 @@ def _by_stem(folder):
             raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
         found[path.stem] = path
     return found
+
+
+def split(paths, shares=(80, 15, 5)):
+    """{"train", "val", "test"}: the paths in three parts, by percentages, the same for the same file names on any machine.
+
+    The names' SHA-256 puts them in order; val and test have at least one picture where their share is not 0.
+    """
+    ranked = sorted(paths, key=lambda path: (hashlib.sha256(path.name.encode()).digest(), path.as_posix()))
+    val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
+    return {"val": ranked[:val], "test": ranked[val:val + test], "train": sorted(ranked[val + test:])}
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
@@ -228,50 +238,55 @@ class Patches:
     """Random training patches of the pictures at `paths`.
 
     patch_size: side of the HR patch, a multiple of scale. augment: "none", "flip" (mirror images)
-    or "all" (the eight flips and rotations). store: "always" decodes every picture once into a
-    file of pixels under `cache`, "never" decodes them anew for each batch in worker processes, and
-    "auto" takes the store while it is below 32 GiB and half of the free disk.
-    weights: how often each picture is drawn relative to the others, alike by default.
-    What update number `step` sees depends on (seed, rank, step) alone, on every device.
-    Pictures that are unreadable or smaller than a patch with its margin are left out, with a
-    line on stderr; InputError where none is left.
+    or "all" (the eight flips and rotations). crop_margin: the part of a picture's height and width,
+    0 to below 0.5, that patches keep away from each border, as far as the picture is large enough.
+    store: "always" decodes every picture once into a file of pixels under `cache`, "never" decodes
+    them anew for each batch in worker processes, and "auto" takes the store while it is below
+    32 GiB and half of the free disk. weights: how often each picture is drawn relative to the
+    others, alike by default. What update number `step` sees depends on (seed, rank, step) alone,
+    on every device. Pictures that are unreadable or smaller than a patch with its margin are left
+    out, with a line on stderr; InputError where none is left.
     """
 
-    def __init__(self, paths, patch_size=96, scale=4, kernel="bicubic", augment="all", device="cpu",
+    def __init__(self, paths, patch_size=96, scale=4, kernel="bicubic", augment="all", crop_margin=0.0, device="cpu",
                  cache="cache", store="auto", weights=None, seed=0, rank=0):
         self.paths, self.scale, self.kernel, self.device = list(paths), scale, kernel, torch.device(device)
-        self.window = patch_size + 2 * MARGIN * scale  # side of the HR crop that a patch is made from
-        self.codes, self.seed, self.rank = np.array(SYMMETRIES[augment]), seed, rank
+        self.codes, self.crop_margin, self.seed, self.rank = np.array(SYMMETRIES[augment]), crop_margin, seed, rank
+        self.weights = np.ones(len(self.paths)) if weights is None else np.asarray(weights, float)
         sizes = _read_sizes(self.paths)
-        area = sizes.astype(np.int64).prod(1)
+        area = sizes.prod(1)
         if store == "auto":
             Path(cache).mkdir(parents=True, exist_ok=True)
             fits = area.sum() * 3 < min(STORE_LIMIT, shutil.disk_usage(cache).free // 2)
             store = "always" if fits or _store_path(self.paths, cache).exists() else "never"
-        self.pixels = None
-        if store == "always":
-            self.pixels = _open_store(self.paths, sizes, cache)  # zeroes the sizes of what cannot be decoded
-        self.start, self.size = np.cumsum(area) - area, sizes.astype(np.int64)
+        self.pixels = _open_store(self.paths, sizes, cache) if store == "always" else None
+        self.start, self.size = np.cumsum(area) - area, sizes  # in pixels; size is 0 x 0 for what cannot be decoded
+        self.resize(patch_size)
+        if self.pixels is not None and self.device.type == "cuda" \
+                and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
+            self.pixels = self.pixels.to(self.device)
+
+    def resize(self, patch_size):
+        """Go on with patches of another size."""
+        self.window = patch_size + 2 * MARGIN * self.scale  # side of the HR crop that a patch is made from
         usable = (self.size >= self.window).all(1)
         if left_out := [str(p) for p, ok in zip(self.paths, usable) if not ok]:
             print(f"left out {len(left_out)} of {len(usable)} pictures, unreadable or smaller than "
                   f"{self.window}x{self.window}: {', '.join(left_out[:3])}{' ...' * (len(left_out) > 3)}", file=sys.stderr)
-        if not usable.any():
+        self.chance = usable * self.weights
+        if not self.chance.any():
             raise InputError(f"no picture is {self.window}x{self.window} or larger, which a patch of {patch_size} with "
                              "its margin needs; give larger pictures or a smaller patch_size")
-        self.chance = usable * (np.ones(len(usable)) if weights is None else np.asarray(weights, float))
         self.chance /= self.chance.sum()
-        if self.pixels is not None and self.device.type == "cuda" \
-                and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
-            self.pixels = self.pixels.to(self.device)
 
     def _draw(self, step, n):
         """n random (picture, top, left, symmetry), the pictures distinct where there are enough: int64 [n, 4]."""
         rng = np.random.default_rng((self.seed, self.rank, step))
         distinct = np.count_nonzero(self.chance) >= n
         image = rng.choice(len(self.paths), n, replace=not distinct, p=self.chance)
-        positions = (self.size[image] // self.scale) - self.window // self.scale + 1  # on the LR grid: [n, 2]
-        corner = (rng.random((n, 2)) * positions).astype(np.int64) * self.scale
+        free = self.size[image] // self.scale - self.window // self.scale  # where a window may begin, on the LR grid: [n, 2]
+        margin = np.minimum((self.crop_margin * self.size[image] / self.scale).astype(np.int64), free // 2)
+        corner = (margin + (rng.random((n, 2)) * (free - 2 * margin + 1)).astype(np.int64)) * self.scale
         return np.column_stack([image, corner, rng.choice(self.codes, n)])
 
     def _gather(self, step, n):
@@ -330,7 +345,7 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def _read_sizes(paths):
-    """(height, width) of each picture as open_image would give it, from the file headers: int32 [n, 2], 0 x 0 where unreadable."""
+    """(height, width) of each picture as open_image would give it, from the file headers: int64 [n, 2], 0 x 0 where unreadable."""
     def size(path):
         try:
             with Image.open(path) as image:
@@ -339,7 +354,7 @@ def _read_sizes(paths):
         except Exception:
             return 0, 0
     with ThreadPoolExecutor() as pool:
-        return np.array(list(pool.map(size, paths)), dtype=np.int32).reshape(-1, 2)
+        return np.array(list(pool.map(size, paths)), dtype=np.int64).reshape(-1, 2)
 
 
 def _store_path(paths, cache):
@@ -357,7 +372,7 @@ def _open_store(paths, sizes, cache):
     it is complete, so one that was cut off half-way is made again.
     """
     path = _store_path(paths, cache)
-    start = np.concatenate([[0], np.cumsum(sizes.astype(np.int64).prod(1))])
+    start = np.concatenate([[0], np.cumsum(sizes.prod(1))])
     shape = (max(int(start[-1]), 1), 3)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -393,6 +408,7 @@ def conv(n_in, n_out, k, s=1, bias=True):
 
 class ResidualBlock(nn.Module):
     """k3n64s1, BN, PReLU, k3n64s1, BN, elementwise sum. No bias before BN, which would subtract it again."""
+    radius, norm = 2, True  # pixels that a block sees to each side
 
     def __init__(self, n):
         super().__init__()
@@ -403,27 +419,59 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
+class DenseBlock(nn.Module):
+    """Five k3 convolutions, each of which sees all feature maps before it, LReLU between them (Wang et al. 2018, Fig. 4)."""
+
+    def __init__(self, n, growth=32):
+        super().__init__()
+        self.convs = nn.ModuleList(conv(n + i * growth, growth if i < 4 else n, 3) for i in range(5))
+
+    def forward(self, x):                      # [N, 64, h, w]
+        maps = x
+        for layer in self.convs[:-1]:
+            maps = torch.cat([maps, F.leaky_relu(layer(maps), 0.2)], 1)  # [N, 96 to 192, h, w]
+        return x + 0.2 * self.convs[-1](maps)
+
+
+class RRDB(nn.Module):
+    """ESRGAN's residual-in-residual dense block, without batch norm (Wang et al. 2018, arXiv:1809.00219); no part of the paper."""
+    radius, norm = 15, False
+
+    def __init__(self, n):
+        super().__init__()
+        self.body = nn.Sequential(DenseBlock(n), DenseBlock(n), DenseBlock(n))
+
+    def forward(self, x):
+        return x + 0.2 * self.body(x)
+
+
+BLOCKS = {"residual": ResidualBlock, "rrdb": RRDB}
+
+
 class Generator(nn.Module):
     """G, Fig. 4 top: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w] in [-1, 1].
 
     1,547,350 parameters at scale 4; each PReLU has one slope, and convolutions before BN no bias
     (2,112 more with them). It starts as nearest-neighbour upsampling, from which it learns faster.
+    block: "residual" is the paper's, "rrdb" ESRGAN's.
     """
 
-    def __init__(self, scale=4, channels=64, n_blocks=16):
+    def __init__(self, scale=4, channels=64, n_blocks=16, block="residual"):
         super().__init__()
-        self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks}  # saved with the weights
+        self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "block": block}  # saved with the weights
+        Block = BLOCKS[block]
         n = channels
         self.head = nn.Sequential(conv(3, n, 9), nn.PReLU())                                        # k9n64s1
-        self.blocks = nn.Sequential(*[ResidualBlock(n) for _ in range(n_blocks)])                   # B residual blocks
-        self.fuse = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n))                     # k3n64s1, BN
+        self.blocks = nn.Sequential(*[Block(n) for _ in range(n_blocks)])                           # B residual blocks
+        self.fuse = nn.Sequential(conv(n, n, 3, bias=not Block.norm), *[nn.BatchNorm2d(n)] * Block.norm)  # k3n64s1, BN
         self.upsample = nn.Sequential(*[layer for _ in range(int(math.log2(scale))) for layer in (
             conv(n, 4 * n, 3), nn.PixelShuffle(2), nn.PReLU())])                                    # k3n256s1, x2
         self.tail = conv(n, 3, 9)                                                                   # k9n3s1
         with torch.no_grad():  # G starts as nearest-neighbour upsampling: three channels carry RGB from end to end
             nn.init.dirac_(self.head[0].weight[:3])
             self.head[0].bias[:3] = 0
-            nn.init.zeros_(self.fuse[-1].weight)
+            for p in self.fuse[-1].parameters():
+                nn.init.zeros_(p)
             for layer in self.upsample[::3]:
                 nn.init.dirac_(layer.weight[:12:4])
                 layer.bias[:12:4] = 0
@@ -440,7 +488,7 @@ class Generator(nn.Module):
     @property
     def radius(self):
         """How many LR pixels away an SR pixel still sees: half of the receptive field, rounded up."""
-        steps = 4 + 2 * self.arch["n_blocks"] + 1                                   # 9x9, 3x3 of the blocks, 3x3
+        steps = 4 + sum(block.radius for block in self.blocks) + 1                  # 9x9, the blocks, 3x3
         steps += sum(0.5 ** i for i in range(int(math.log2(self.arch["scale"]))))   # 3x3 at 1, 1/2, 1/4 LR pixel
         return math.ceil(steps + 4 / self.arch["scale"])                            # 9x9 at the scale of SR
 
@@ -455,20 +503,25 @@ def icnr_(layer, r=2):
     layer.bias.copy_(layer.bias[::r * r].repeat_interleave(r * r, dim=0))
 
 
+NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+
+
 class Discriminator(nn.Module):
     """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> [N] logits. The sigmoid is part of the loss (Eq. 1).
 
     k3n64s1, LReLU, then k3 convolutions with BN and LReLU whose strides alternate between 2 and 1;
     dense 1024, LReLU, dense 1. Built for one patch_size: at 96 the dense layer sees 512 x 6 x 6 = 18432.
+    Departures: first_kernel of another size; norm "instance" for a critic whose gradient penalty
+    needs independent pictures; pool: average to pool x pool positions first, so that any patch fits.
     """
 
-    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512)):
+    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512), first_kernel=3, norm="batch", pool=0):
         super().__init__()
-        layers = [conv(3, channels[0], 3), nn.LeakyReLU(0.2)]                   # k3n64s1
-        for i, (n_in, n) in enumerate(zip(channels, channels[1:])):             # n64s2 n128s1 n128s2 ... n512s2
-            layers += [conv(n_in, n, 3, s=1 + (i + 1) % 2, bias=False), nn.BatchNorm2d(n), nn.LeakyReLU(0.2)]
-        self.features = nn.Sequential(*layers)
-        side = math.ceil(patch_size / 2 ** (len(channels) // 2))                # 96 -> 6
+        layers = [conv(3, channels[0], first_kernel), nn.LeakyReLU(0.2)]        # k3n64s1
+        for i, (n_in, n) in enumerate(zip(channels, channels[1:]), 1):          # n64s2 n128s1 n128s2 ... n512s2
+            layers += [conv(n_in, n, 3, s=1 + i % 2, bias=False), NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers, *[nn.AdaptiveAvgPool2d(pool)] * bool(pool))
+        side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))        # 96 -> 6
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024), nn.LeakyReLU(0.2),
                                         nn.Linear(1024, 1))
 
@@ -482,15 +535,14 @@ VGG19_LAYERS = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1)
 
 
 class ContentNetwork(nn.Module):
-    """A frozen ImageNet network up to one layer: [N, 3, H, W] in [-1, 1] -> feature maps phi, divided by 12.75.
+    """A frozen ImageNet network up to one layer: [N, 3, H, W] in [-1, 1] -> feature maps phi, divided by `divisor`.
 
-    Sec. 3.2: "rescaling the VGG feature maps by a factor of 1/12.75", which makes the content loss
-    0.006 of Eq. 5. weights: "imagenet" (torchvision's file, downloaded on first use), a path to a
+    Sec. 3.2 scales the feature maps by 1/12.75, which makes the content loss 0.006 of Eq. 5. weights: "imagenet" (torchvision's file, downloaded on first use), a path to a
     file in torchvision's layout, whole network or features alone, or "random" (seeded, for tests).
     Raises InputError where the weights cannot be had.
     """
 
-    def __init__(self, features, weights, url):
+    def __init__(self, features, weights, url, divisor):
         super().__init__()
         if weights == "random":
             with torch.random.fork_rng(devices=[]):
@@ -499,12 +551,12 @@ class ContentNetwork(nn.Module):
                     nn.init.kaiming_normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
         else:
             features.load_state_dict(_imagenet_state(features, weights, url))
-        self.features = features.eval().requires_grad_(False)
+        self.features, self.divisor = features.eval().requires_grad_(False), divisor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, x):
-        return self.features(((x + 1) / 2 - self.mean) / self.std).float() / 12.75
+        return self.features(((x + 1) / 2 - self.mean) / self.std).float() / self.divisor
 
 
 class TruncatedVGG19(ContentNetwork):
@@ -513,7 +565,7 @@ class TruncatedVGG19(ContentNetwork):
     layer "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6]. See ContentNetwork.
     """
 
-    def __init__(self, layer="5_4", weights="imagenet"):
+    def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
         if layer not in VGG19_LAYERS:
             raise InputError(f"VGG19 has no layer {layer!r}; it has {' '.join(VGG19_LAYERS)}")
         layers, n_in = [], 3
@@ -523,7 +575,7 @@ class TruncatedVGG19(ContentNetwork):
             n_in = n
             if name == layer:
                 break
-        super().__init__(nn.Sequential(*layers), weights, VGG19_URL)
+        super().__init__(nn.Sequential(*layers), weights, VGG19_URL, divisor)
 
 
 class TruncatedSqueezeNet(ContentNetwork):
@@ -532,12 +584,12 @@ class TruncatedSqueezeNet(ContentNetwork):
     layer 12 is the last: [N, 3, 96, 96] -> [N, 512, 5, 5]. See ContentNetwork.
     """
 
-    def __init__(self, layer="12", weights="imagenet"):
+    def __init__(self, layer="12", weights="imagenet", divisor=12.75):
         from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
         features = squeezenet1_1().features
         if not layer.isdecimal() or int(layer) >= len(features):
             raise InputError(f"SqueezeNet 1.1 has no layer {layer!r}; it has 0 to {len(features) - 1}")
-        super().__init__(features[:int(layer) + 1], weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url)
+        super().__init__(features[:int(layer) + 1], weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url, divisor)
 
 
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
@@ -575,14 +627,48 @@ def content_loss(phi, sr, hr):
     return F.mse_loss(phi(sr), target)
 
 
-def adversarial_loss(fake):
+def adversarial_loss(fake, real=None):
     """Eq. 6: mean of -log D(G(I^LR)), from logits [N]: -log sigmoid(x) = softplus(-x)."""
     return F.softplus(-fake).mean()
 
 
-def discriminator_loss(real, fake):
+def discriminator_loss(fake, real):
     """Eq. 1, for D to minimise: -log D(I^HR) - log(1 - D(G(I^LR))), from logits [N]."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def wasserstein_adversarial_loss(fake, real=None):
+    """Gulrajani et al. 2017, arXiv:1704.00028: G raises the critic's score of what it makes."""
+    return -fake.mean()
+
+
+def wasserstein_discriminator_loss(fake, real):
+    """Gulrajani et al. 2017, Eq. 3 without its penalty: the critic parts the scores of HR and SR."""
+    return fake.mean() - real.mean()
+
+
+def relativistic_adversarial_loss(fake, real):
+    """Wang et al. 2018, Eq. 2: SR is to look more real than the average HR, and HR less real than the average SR."""
+    return discriminator_loss(real - fake.mean(), fake - real.mean())
+
+
+def relativistic_discriminator_loss(fake, real):
+    """Wang et al. 2018, Eq. 1: the reverse of relativistic_adversarial_loss."""
+    return discriminator_loss(fake - real.mean(), real - fake.mean())
+
+
+ADVERSARIAL_LOSSES = {  # name: the generator's and the discriminator's, functions of D(SR) and D(HR), logits or scores [N]
+    "bce": (adversarial_loss, discriminator_loss),
+    "wasserstein": (wasserstein_adversarial_loss, wasserstein_discriminator_loss),
+    "relativistic": (relativistic_adversarial_loss, relativistic_discriminator_loss),
+}
+
+
+def gradient_penalty(critic, sr, hr, mix):
+    """Gulrajani et al. 2017, Eq. 3: mean of (|grad D(x)| - 1)^2 at x = mix SR + (1 - mix) HR, mix [N] uniform in [0, 1]."""
+    x = torch.lerp(hr, sr, mix.view(-1, 1, 1, 1)).requires_grad_()
+    gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import argparse
 import copy
 import csv
 import difflib
-import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -26,20 +26,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image
 from tqdm import tqdm
 
 import srgan
 from srgan import InputError
 
 HERE = Path(__file__).parent
-COLUMNS = ("epoch", "update", "lr", "loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake",
-           "psnr", "ssim", "lpips", "updates_per_s")
-LOSSES = COLUMNS[3:10]  # means over the epoch; d_real, d_fake: D's mean probability that HR and SR are real
+LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake")  # d_: D's mean logit or score
+METRICS = ("psnr", "ssim", "lpips")
+COLUMNS = ("epoch", "update", "lr", *LOSSES, *(column for name in METRICS for column in (name, name + "_std")), "updates_per_s", "memory_mb")
 
-# What each setting of config.json may be. A stage's settings are named as gan.lr.
+# What each setting of config.json may be, by its full name or, in the groups of both stages, by its last part.
 positive = (lambda v: v > 0, "above 0")
 not_negative = (lambda v: v >= 0, "0 or above")
 fraction = (lambda v: 0 <= v < 1, "from 0 to below 1")
@@ -49,21 +50,32 @@ def one_of(*choices):
     return lambda v: v in choices, "one of " + ", ".join(map(str, choices))
 
 
+def are_epochs(values):
+    return all(type(v) is int and v > 0 for v in values) and values == sorted(set(values))
+
+
 RULES = {
-    "scale": one_of(*srgan.SCALES), "channels": (lambda v: v >= 3, "3 or above"), "n_blocks": positive,
+    "scale": one_of(*srgan.SCALES), "channels": (lambda v: v >= 3, "3 or above"), "n_blocks": positive, "block": one_of(*srgan.BLOCKS),
+    "discriminator.channels": (lambda v: len(v) > 0 and all(type(n) is int and n > 0 for n in v), "a list of whole numbers above 0"),
+    "first_kernel": (lambda v: v % 2 == 1 and v > 0, "an odd number"), "norm": one_of(*srgan.NORMS), "pool": not_negative,
+    "content_network": (lambda v: v.partition(":")[0] in srgan.CONTENT_NETWORKS, "vgg19 or squeezenet1_1, with a layer after a colon: vgg19:5_4"),
+    "content_weights": (lambda v: v != "", "imagenet, random or a path"), "content_divisor": positive,
     "patch_size": positive, "batch_size": positive,
-    "kernel": one_of("bicubic", "gaussian"), "augment": one_of(*srgan.SYMMETRIES), "store": one_of("auto", "always", "never"),
-    "content_network": (lambda v: v.partition(":")[0] in srgan.CONTENT_NETWORKS,
-                        "vgg19 or squeezenet1_1, with a layer after a colon: vgg19:5_4"),
-    "content_weights": (lambda v: v != "", "imagenet, random or a path"),
-    "steps_per_epoch": positive,
-    "betas": (lambda v: len(v) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in v), "two numbers from 0.0 to below 1"),
-    "ema": fraction, "validate_every": positive, "checkpoint_every": not_negative,
-    "lpips": one_of(True, False), "precision": one_of("auto", "bf16", "fp32"), "compile": one_of("auto", "yes", "no"),
-    "seed": not_negative, "epochs": positive, "lr": positive,
-    "milestones": (lambda v: all(type(e) is int and e > 0 for e in v) and v == sorted(v), "epochs in ascending order"),
-    "pixel_loss": one_of(*srgan.PIXEL_LOSSES),
-    "pixel_weight": not_negative, "content_weight": not_negative, "adversarial_weight": not_negative,
+    "kernel": one_of("bicubic", "gaussian"), "augment": one_of(*srgan.SYMMETRIES), "crop_margin": (lambda v: 0 <= v < 0.5, "from 0 to below 0.5"),
+    "store": one_of("auto", "always", "never"),
+    "split": (lambda v: len(v) == 3 and all(type(n) is int and n >= 0 for n in v) and sum(v) == 100 and v[0] * v[1] > 0,
+              "percentages for training, validation and test that make 100, the first two above 0"),
+    "validate_on": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
+    "steps_per_epoch": positive, "ema": fraction, "lpips": one_of(True, False), "precision": one_of("auto", "bf16", "fp32"),
+    "compile": one_of("auto", "yes", "no"), "seed": not_negative,
+    "epochs": positive, "lr": positive, "warmup": not_negative, "schedule": one_of("constant", "step", "cosine"),
+    "betas": (lambda v: len(v) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "milestones": (are_epochs, "epochs in ascending order"),
+    "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and g[1] > 0 for g in v) and are_epochs([g[0] for g in v]),
+             "a list of [first epoch, patch size] in ascending order"),
+    "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
+    "pixel_weight": not_negative, "content_weight": not_negative, "adversarial_weight": positive,
+    "gradient_penalty": not_negative, "discriminator_steps": positive, "freeze_batch_norm": one_of(True, False),
 }
 
 
@@ -84,7 +96,7 @@ def lay_over(config, changes, prefix=""):
             value = float(value)
         if type(value) is not kind:
             raise InputError(f"{name} must be of type {kind.__name__}, not {value!r}")
-        holds, text = RULES[key]
+        holds, text = RULES.get(name) or RULES[key]
         if not holds(value) or kind is float and not math.isfinite(value):
             raise InputError(f"{name} must be {text}, not {value!r}")
         config[key] = value
@@ -123,15 +135,21 @@ def resolve_config(args, saved=None):
     lay_over(config, {key: value for key, value in flags.items() if value is not None})
     flags = {key: getattr(args, key) for key in ("epochs", "lr")}
     lay_over(config[args.stage], {key: value for key, value in flags.items() if value is not None}, args.stage + ".")
-    if config["patch_size"] % config["scale"]:
-        raise InputError(f"patch_size {config['patch_size']} is no multiple of scale {config['scale']}")
+    for size in (config["patch_size"], *(size for _, size in config[args.stage]["grow"])):
+        if size % config["scale"]:
+            raise InputError(f"patch_size {size} is no multiple of scale {config['scale']}")
+    if args.stage == "gan" and config["gan"]["grow"] and not config["discriminator"]["pool"]:
+        raise InputError("gan.grow needs discriminator.pool above 0, since D's dense layer fits one patch size only")
+    if not any(config[args.stage][term] for term in ("pixel_weight", "content_weight")):
+        raise InputError(f"{args.stage}.pixel_weight and {args.stage}.content_weight are both 0: nothing ties SR to HR")
     return config
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", metavar="DIR", help="folders of HR training pictures")
-    parser.add_argument("--val", metavar="DIR", help="folder of HR pictures, or with HR/ and LR_bicubic_x4/ (default: 5 %% of the data, at most 20)")
+    parser.add_argument("--data", nargs="+", metavar="DIR[=W]", help="folders of HR training pictures; W: how often each "
+                        "picture of the folder is drawn, relative to the others (default: 1)")
+    parser.add_argument("--val", metavar="DIR", help="folder of HR pictures, or with HR/ and LR_bicubic_x4/ (default: held out of the data)")
     parser.add_argument("--stage", choices=("srresnet", "gan"))
     parser.add_argument("--preset", metavar="NAME", help="one of config.json's; see --list-presets")
     parser.add_argument("--list-presets", action="store_true", help="show the presets and exit")
@@ -149,37 +167,77 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--wandb", action="store_true", help="log figures and samples to Weights & Biases, too (pip install wandb)")
     args = parser.parse_args(argv)
     if not args.list_presets and not (args.data and args.stage):
         parser.error("--data and --stage are required")
     return args
 
 
-def split(paths):
-    """(training, validation) paths: the 5 % with the smallest hash of their file name, 1 to 20 of them, are held out."""
-    ranked = sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest())
-    n = min(max(len(paths) // 20, 1), 20)
-    if len(paths) <= n:
-        raise InputError("one picture cannot be both training and validation set; give more, or --val")
-    held_out = set(ranked[:n])
-    return [p for p in paths if p not in held_out], held_out
+def find_data(folders):
+    """({path: weight} of the pictures in folders named DIR or DIR=WEIGHT, sorted)."""
+    weights = {}
+    for name in folders:
+        folder, equals, weight = name.rpartition("=")
+        if not equals or Path(name).exists():
+            folder, weight = name, "1"
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < math.inf:
+            raise InputError(f"--data {name}: the weight must be a number above 0")
+        weights |= dict.fromkeys(srgan.find_images(folder), number)
+    return dict(sorted(weights.items()))
 
 
-def start_generator(args, config):
-    """The stage-1 generator that stage 2 begins with, or --init's, or None: stage 1 begins at random."""
+def start_generator(args, arch):
+    """(path, generator) that --init names, or that stage 2 begins with; (None, None) where stage 1 begins anew."""
     candidates = [args.init] if args.init else []
     if args.stage == "gan" and not args.init:
         candidates = [p for p in (Path("runs/srresnet/checkpoint_best_psnr.pth"), HERE / "weights/srresnet.pth") if p.exists()]
         if not candidates:
             raise InputError("stage gan starts from an SRResNet; train one with --stage srresnet, or name one with --init")
     if not candidates:
-        return None
-    print(f"starting from {candidates[0]}")
+        return None, None
     generator = srgan.load_generator(candidates[0])
-    wanted = {key: config[key] for key in ("scale", "channels", "n_blocks")}
-    if generator.arch != wanted:
-        raise InputError(f"{candidates[0]} holds a generator of {generator.arch}, but the configuration asks for {wanted}; name another with --init")
-    return generator
+    if generator.arch != arch:
+        raise InputError(f"{candidates[0]} holds a generator of {generator.arch}, but the configuration asks for {arch}; name another with --init")
+    return candidates[0], generator
+
+
+def learning_rate(stage, step, steps_per_epoch):
+    """Of update `step`, counted from 0: a tenth after each milestone, or half a cosine to 0; warmup is linear, over updates."""
+    factor = min(1, (step + 1) / stage["warmup"]) if stage["warmup"] else 1
+    if stage["schedule"] == "step":
+        factor *= 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in stage["milestones"])
+    elif stage["schedule"] == "cosine":
+        factor *= 0.5 + 0.5 * math.cos(math.pi * step / (stage["epochs"] * steps_per_epoch))
+    return stage["lr"] * factor
+
+
+def average_gradients(network, world):
+    """The mean of the processes' gradients, as DistributedDataParallel would compute it.
+
+    That wrapper does not fit here: D is called several times before one backward pass, and is
+    frozen in between.
+    """
+    gradients = [p.grad for p in network.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.div_(world).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def memory_mb(device):
+    """Peak of the GPU memory that tensors took, or of this process's resident memory, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def validate(generator, pairs, config, lpips, sheet=None):
@@ -187,7 +245,6 @@ def validate(generator, pairs, config, lpips, sheet=None):
 
     sheet: a file to save bicubic, SR and HR of the first three pictures' centres to.
     """
-    from PIL import Image
     scale, scores, strips = config["scale"], [], []
     for stem, hr_path, lr_path in pairs:
         lr, hr = srgan.open_pair(hr_path, lr_path, scale, config["kernel"])
@@ -205,6 +262,24 @@ def validate(generator, pairs, config, lpips, sheet=None):
         with srgan.replacing(sheet) as temporary:
             whole.save(temporary)
     return srgan.aggregate(scores)
+
+
+def draw_curves(rows, path):
+    """Losses and metrics over the updates, as a PNG by matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    names = [name for name in (*LOSSES, *METRICS) if any(float(row.get(name) or 0) for row in rows)]
+    figure = Figure(figsize=(4 * min(4, len(names)), 3 * math.ceil(len(names) / 4)), layout="constrained")
+    for i, name in enumerate(names, 1):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), min(4, len(names)), i, title=name, xlabel="update")
+        axes.plot(*zip(*[(int(row["update"]), float(row[name])) for row in rows if row.get(name) not in (None, "")]), marker=".")
+    with srgan.replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def optional(package):
+    """Whether a package that can be done without is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 def describe(metrics):
@@ -229,6 +304,8 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # Configuration and run folder.
+    if args.wandb and not optional("wandb"):
+        raise InputError("--wandb needs a package that is not installed: pip install wandb")
     out = Path(args.out or f"runs/{args.stage}")
     latest, state = out / "checkpoint_latest.pth", None
     if args.resume:
@@ -240,96 +317,120 @@ def main():
     elif latest.exists():
         raise InputError(f"{out} holds a run already; go on with --resume, or name another folder with --out")
     config = resolve_config(args, state and state["config"])
-    stage = config[args.stage]
-    steps_per_epoch, total = config["steps_per_epoch"], stage["epochs"] * config["steps_per_epoch"]
+    stage, steps_per_epoch, scale = config[args.stage], config["steps_per_epoch"], config["scale"]
+    total, batch_size = stage["epochs"] * steps_per_epoch, config["batch_size"]
     precision = srgan.pick_precision(device, config["precision"])
+    step = state["step"] if state else 0
+    if step >= total:
+        raise InputError(f"the run is complete at update {step}; ask for more with --epochs")
+
+    # Networks and optimisers. D exists in stage 2, phi where the content loss counts.
     torch.manual_seed(config["seed"])
-
-    # Data. The first process of each machine makes the store, the others find it.
-    paths = sorted({path for folder in args.data for path in srgan.find_images(folder)})
-    if args.val:
-        pairs = srgan.find_pairs(args.val, scale=config["scale"])
-    else:
-        paths, held_out = split(paths)
-        pairs = [(path.stem, path, None) for path in sorted(held_out)]
-    if world > 1 and local > 0:
-        dist.barrier()
-    patches = srgan.Patches(paths, config["patch_size"], config["scale"], config["kernel"], config["augment"], device,
-                            args.cache, config["store"], seed=config["seed"], rank=rank)
-    if world > 1 and local == 0:
-        dist.barrier()
-
-    # Networks and optimisers. D exists where the adversarial loss counts, phi where the content loss does.
-    generator = srgan.Generator(config["scale"], config["channels"], config["n_blocks"])
-    start = None if state else start_generator(args, config)
+    generator = srgan.Generator(scale, config["channels"], config["n_blocks"], config["block"])
+    start_path, start = (None, None) if state else start_generator(args, generator.arch)
     if start:
         generator.load_state_dict(start.state_dict())
-    generator = generator.to(device, memory_format=torch.channels_last).train()
-    average = copy.deepcopy(generator).eval().requires_grad_(False)  # the exponential moving average, the result
     networks = {"generator": generator}
-    if stage["adversarial_weight"]:
-        networks["discriminator"] = srgan.Discriminator(config["patch_size"]).to(device, memory_format=torch.channels_last)
-    optimizers = {name: torch.optim.Adam(network.parameters(), stage["lr"], tuple(config["betas"]), fused=True)
+    if args.stage == "gan":
+        networks["discriminator"] = srgan.Discriminator(config["patch_size"], **config["discriminator"])
+    networks = {name: network.to(device, memory_format=torch.channels_last).train() for name, network in networks.items()}
+    discriminator = networks.get("discriminator")
+    average = copy.deepcopy(generator).eval().requires_grad_(False)  # the exponential moving average, the result
+    if stage.get("freeze_batch_norm"):
+        for module in generator.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    optimizers = {name: torch.optim.Adam(network.parameters(), stage["lr"], tuple(stage["betas"]), fused=True)
                   for name, network in networks.items()}
     phi = None
     if stage["content_weight"]:
         name, _, layer = config["content_network"].partition(":")
-        phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"])
+        phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"], divisor=config["content_divisor"])
         phi = phi.to(device, memory_format=torch.channels_last)
-    lpips = None
-    if config["lpips"] and rank == 0:
-        try:
-            lpips = srgan.load_lpips(device)
-        except InputError as error:
-            print(f"{error}; going on without it", file=sys.stderr)
-
-    step, sums, best, seconds = 0, torch.zeros(len(LOSSES), device=device), {}, 0.0
+    sums, best, seconds = torch.zeros(len(LOSSES), device=device), {}, 0.0
     if state:
-        step, sums, best, seconds = state["step"], state["training"]["sums"], state["best"], state["seconds"]
+        sums, best, seconds = state["training"]["sums"], state["best"], state["seconds"]
         average.load_state_dict(state["generator"])
         for name in networks:
             networks[name].load_state_dict(state["training"][name])
             optimizers[name].load_state_dict(state["training"][name + "_optimizer"])
-        if step >= total:
-            raise InputError(f"the run is complete at update {step}; ask for more with --epochs")
 
-    # G and D as they are called: compiled on CUDA, gradients averaged over the processes.
-    G, D = generator, networks.get("discriminator")
+    # G and D as they are called: compiled on CUDA.
+    G, D = generator, discriminator
     if config["compile"] == "yes" or config["compile"] == "auto" and device.type == "cuda":
-        G, D, phi = (network and torch.compile(network) for network in (G, D, phi))
-    judge = D  # D in the generator's step: none of its own gradients, so no averaging either
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        G = DistributedDataParallel(G, device_ids=ids, broadcast_buffers=False)
-        D = D and DistributedDataParallel(D, device_ids=ids, broadcast_buffers=False)
+        G, phi = torch.compile(G), phi and torch.compile(phi)
+        D = D if D and stage["gradient_penalty"] else D and torch.compile(D)  # a compiled network has no second derivative
 
-    def update(lr, hr):
-        """One update of D and G (k = 1, Sec. 3.2) on a batch; the LOSSES as one tensor, left on the device."""
-        value = dict.fromkeys(LOSSES, torch.zeros((), device=device))
+    # Data. The first process of each machine makes the store, the others find it.
+    data = find_data(args.data)
+    if args.val:
+        pairs = srgan.find_pairs(args.val, scale=scale, kernel=config["kernel"])
+    else:
+        parts = srgan.split(data, config["split"])
+        if not parts["train"]:
+            raise InputError(f"{len(data)} pictures are too few to train on and to hold some out; give more, or --val")
+        pairs = [(path.stem, path, None) for path in parts["val"][:config["validate_on"] or None]]
+        data = {path: data[path] for path in parts["train"]}
+    sizes = [(0, config["patch_size"])] + [((epoch - 1) * steps_per_epoch, size) for epoch, size in stage["grow"]]
+    if world > 1 and local > 0:
+        dist.barrier()
+    patches = srgan.Patches(data, max(size for _, size in sizes), scale, config["kernel"], config["augment"], config["crop_margin"],
+                            device, args.cache, config["store"], list(data.values()), config["seed"], rank)
+    if world > 1 and local == 0:
+        dist.barrier()
+
+    def batches():
+        """The batches of all updates to come, with one part for each step of D; patches grow as `grow` says."""
+        for (first, size), (last, _) in zip(sizes, sizes[1:] + [(total, None)]):
+            if step < min(last, total):
+                patches.resize(size)
+                yield from patches.batches(batch_size * stage.get("discriminator_steps", 1), max(first, step), min(last, total))
+
+    def update_discriminator(sr, hr, mix):
+        """One step of D (Eq. 1); its part of the LOSSES."""
+        discriminator.requires_grad_(True)
         with srgan.autocast(device, precision):
-            sr = G(lr)
-        if D:
-            discriminator.requires_grad_(True)
-            with srgan.autocast(device, precision):
-                real, fake = D(hr), D(sr.detach())
-            value["d_real"], value["d_fake"] = torch.sigmoid(real).mean(), torch.sigmoid(fake).mean()
-            value["discriminator"] = srgan.discriminator_loss(real, fake)
-            optimizers["discriminator"].zero_grad()
-            value["discriminator"].backward()
-            optimizers["discriminator"].step()
-            discriminator.requires_grad_(False)
+            real, fake = D(hr), D(sr)
+            loss = srgan.ADVERSARIAL_LOSSES[stage["adversarial_loss"]][1](fake, real)
+            if stage["gradient_penalty"]:
+                loss = loss + stage["gradient_penalty"] * srgan.gradient_penalty(D, sr, hr, mix)
+        optimize("discriminator", loss)
+        discriminator.requires_grad_(False)
+        return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
+
+    def generator_losses(sr, hr):
+        """The terms of Eq. 3 and their weighted sum."""
+        value = {}
         with srgan.autocast(device, precision):
             if stage["pixel_weight"]:
                 value["pixel"] = srgan.PIXEL_LOSSES[stage["pixel_loss"]](sr, hr)
             if phi:
                 value["content"] = srgan.content_loss(phi, sr, hr)
             if D:
-                value["adversarial"] = srgan.adversarial_loss(judge(sr))
-        value["loss"] = sum(stage[f"{term}_weight"] * value[term] for term in ("pixel", "content", "adversarial"))
-        optimizers["generator"].zero_grad()
-        value["loss"].backward()
-        optimizers["generator"].step()
-        return torch.stack([value[name].detach() for name in LOSSES])
+                with torch.no_grad():
+                    real = D(hr) if stage["adversarial_loss"] == "relativistic" else None
+                value["adversarial"] = srgan.ADVERSARIAL_LOSSES[stage["adversarial_loss"]][0](D(sr), real)
+        return value | {"loss": sum(stage[term + "_weight"] * loss for term, loss in value.items())}
+
+    def optimize(name, loss):
+        optimizers[name].zero_grad()
+        loss.backward()
+        if world > 1:
+            average_gradients(networks[name], world)
+        optimizers[name].step()
+
+    def update(lr, hr):
+        """One update of G, and in stage 2 of D before it (Sec. 3.2: alternating, k = 1); the LOSSES as one tensor on the device."""
+        value = {}
+        for lr, hr in zip(lr.split(batch_size), hr.split(batch_size)):
+            with srgan.autocast(device, precision):
+                sr = G(lr)                     # [N, 3, 96, 96]
+            if D:
+                mix = np.random.default_rng((config["seed"], rank, step, 1)).random(len(hr), np.float32)
+                value = update_discriminator(sr.detach(), hr, torch.from_numpy(mix).to(device, non_blocking=True))
+        value |= generator_losses(sr, hr)
+        optimize("generator", value["loss"])
+        return torch.stack([value[name].detach().float() if name in value else sums.new_zeros(()) for name in LOSSES])
 
     def save(name, **training):
         srgan.save_checkpoint(out / name, average, stage=args.stage, step=step, best=best, seconds=seconds, config=config, **training)
@@ -340,21 +441,7 @@ def main():
             training |= {name: networks[name].state_dict(), name + "_optimizer": optimizers[name].state_dict()}
         save(latest.name, training=training)
 
-    discriminator = networks.get("discriminator")
-    if rank == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        srgan.replacing_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-        rows = []
-        if state and (out / "metrics.csv").exists():
-            with open(out / "metrics.csv", newline="") as file:  # what was logged after the checkpoint is done again
-                rows = [row for row in csv.DictReader(file) if int(row["update"]) <= step]
-        baseline = validate(None, pairs, config, lpips)
-        print(f"{args.stage} on {device}, {precision}: {len(paths)} pictures, {len(pairs)} to "
-              f"validate on (bicubic {describe(baseline)}), updates {step} to {total}, into {out}")
-        if step == 0:
-            save_latest()
-
-    # The loop. A signal is noted, the update finished, the state saved; a second signal ends at once.
+    # A signal is noted, the update finished, the state saved; a second signal ends at once.
     stopped = []
 
     def note_signal(number, _):
@@ -363,61 +450,98 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_signal)
 
+    if rank == 0:
+        lpips = tracker = None
+        if config["lpips"]:
+            try:
+                lpips = srgan.load_lpips(device)
+            except InputError as error:
+                print(f"{error}; going on without it", file=sys.stderr)
+        if not optional("matplotlib"):
+            print("matplotlib is not installed; going on without curves.png", file=sys.stderr)
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        srgan.replacing_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+        if args.wandb:
+            import wandb
+            tracker = wandb.init(project="srgan", name=out.name, dir=out, config=config)
+        rows = []
+        if state and (out / "metrics.csv").exists():
+            with open(out / "metrics.csv", newline="") as file:  # what was logged after the checkpoint is done again
+                rows = [row for row in csv.DictReader(file) if int(row["update"]) <= step]
+        baseline = validate(None, pairs, config, lpips)
+        if start:
+            print(f"starting from {start_path}")
+        print(f"{args.stage} on {device}, {precision}: {len(data)} pictures, {len(pairs)} to validate on "
+              f"(bicubic {describe(baseline)}), updates {step} to {total}, into {out}", flush=True)
+        if step == 0:
+            save_latest()
+
+    # The loop.
     bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
     began, epoch_began, epoch_first, shown = time.monotonic() - seconds, time.monotonic(), step, 0.0
-    for lr, hr in patches.batches(config["batch_size"], step, total):
-        epoch = step // steps_per_epoch + 1
+    for lr, hr in batches():
         for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = stage["lr"] * 0.1 ** sum(epoch > milestone for milestone in stage["milestones"])
-        values = update(lr, hr)
-        sums += values
+            optimizer.param_groups[0]["lr"] = learning_rate(stage, step, steps_per_epoch)
+        losses = update(lr, hr)
+        sums += losses
         step += 1
         srgan.ema_(average, generator, min(config["ema"], (1 + step) / (10 + step)))
         bar.update()
         if rank == 0 and time.monotonic() - shown > 1:  # reading a loss waits for the GPU: once a second
             shown = time.monotonic()
-            bar.set_postfix(loss=f"{values[0].item():.4f}", refresh=False)
-        if world > 1 and step % 10 == 0 or world == 1:
-            stop = bool(stopped)
-            if world > 1:  # all processes stop after the same update
-                flag = torch.tensor(float(stop), device=device)
-                dist.all_reduce(flag)
-                stop = flag.item() > 0
-        if step % steps_per_epoch == 0:
+            bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
+
+        epoch, rest = divmod(step, steps_per_epoch)
+        if rest == 0:
             mean = dict(zip(LOSSES, (sums / steps_per_epoch).tolist()))
-            if not math.isfinite(mean["loss"] + mean["discriminator"]):
+            if not all(map(math.isfinite, mean.values())):
                 raise InputError(f"the loss is not finite in epoch {epoch}; go back with --resume and a lower --lr, or --precision fp32")
             sums.zero_()
-        if rank == 0 and step % steps_per_epoch == 0:
-            rate = (step - epoch_first) / (time.monotonic() - epoch_began)
-            row = {"epoch": epoch, "update": step, "lr": optimizers["generator"].param_groups[0]["lr"], **mean, "updates_per_s": rate}
+        if rest == 0 and rank == 0:
+            row = {"epoch": epoch, "update": step, "lr": optimizers["generator"].param_groups[0]["lr"], **mean,
+                   "updates_per_s": (step - epoch_first) / (time.monotonic() - epoch_began), "memory_mb": memory_mb(device)}
+            rows.append(row)
+            seconds = time.monotonic() - began
             if epoch % config["validate_every"] == 0 or step == total:
-                metrics = validate(average, pairs, config, lpips, out / "samples" / f"epoch_{epoch:04d}.png")
-                bar.write(f"epoch {epoch}  loss {mean['loss']:.4f}  {describe(metrics)}  {rate:.1f} updates/s")
+                sheet = out / "samples" / f"epoch_{epoch:04d}.png"
+                metrics = validate(average, pairs, config, lpips, sheet)
+                bar.write(f"epoch {epoch}  loss {mean['loss']:.4f}  {describe(metrics)}  {row['updates_per_s']:.1f} updates/s")
                 for name, value in metrics.items():
                     if value is None:
                         continue
-                    row[name] = value["mean"]
-                    better = (lambda a, b: a < b) if name == "lpips" else (lambda a, b: a > b)
-                    if name not in best or better(value["mean"], best[name]["value"]):
-                        best[name] = {"value": value["mean"], "std": value["std"], "epoch": epoch}
+                    row |= {name: value["mean"], name + "_std": value["std"]}
+                    sign = -1 if name == "lpips" else 1
+                    if name not in best or sign * value["mean"] > sign * best[name]["mean"]:
+                        best[name] = {**value, "epoch": epoch}
                         save(f"checkpoint_best_{name}.pth")
-            rows.append(row)
+                if optional("matplotlib"):
+                    draw_curves(rows, out / "curves.png")
+                if tracker:
+                    tracker.log({"samples": wandb.Image(str(sheet))}, step=step, commit=False)
+            if tracker:
+                tracker.log(row, step=step)
             with srgan.replacing(out / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(rows)
             if config["checkpoint_every"] and epoch % config["checkpoint_every"] == 0:
                 save(f"checkpoint_epoch_{epoch:04d}.pth")
-            seconds = time.monotonic() - began
-            save_latest()
+                milestones = sorted(out.glob("checkpoint_epoch_*.pth"))
+                for path in milestones[:-config["keep"]] if config["keep"] else ():
+                    path.unlink()
             summary = {"stage": args.stage, "epoch": epoch, "update": step, "best": best, "bicubic": baseline, "seconds": seconds,
                        "generator_parameters": sum(p.numel() for p in generator.parameters()), "device": str(device),
-                       "torch": torch.__version__, "data": args.data, "val": args.val}
+                       "precision": precision, "memory_mb": row["memory_mb"], "torch": torch.__version__, "data": args.data, "val": args.val}
             srgan.replacing_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        if step % steps_per_epoch == 0:
+            save_latest()
+        if rest == 0:
             epoch_began, epoch_first = time.monotonic(), step
+        stop = bool(stopped)
+        if world > 1:  # all processes stop after the same update; asking them waits, so not after each one
+            flag = torch.tensor(float(stop), device=device)
+            if step % 10 == 0:
+                dist.all_reduce(flag)
+            stop = step % 10 == 0 and flag.item() > 0
         if stop:
             break
     bar.close()
@@ -425,6 +549,8 @@ def main():
         seconds = time.monotonic() - began
         save_latest()
         print(f"stopped after update {step} of {total}; go on with --resume")
+    if rank == 0 and tracker:
+        tracker.finish()
     if world > 1:
         dist.destroy_process_group()
     return 0

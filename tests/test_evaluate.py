@@ -114,3 +114,15 @@ def test_lpips_is_measured_where_it_can_be_had_and_said_to_be_missing_where_not(
     assert got["lpips"]["mean"] > 0 and all(image["lpips"] > 0 for image in got["images"].values())
     distance = srgan.load_lpips()
     assert distance(photo(64, 64), photo(64, 64)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_three_parts_of_a_split_are_all_of_it(script, tmp_path):
+    (tmp_path / "faces").mkdir()
+    for i in range(40):
+        Image.fromarray(photo(40, 40, i)).save(tmp_path / "faces" / f"{i:06d}.png")
+    parts = {}
+    for part in ("train", "val", "test"):
+        assert script("evaluate", "--data", "faces", "--no-lpips", "--split", part, "--json", "r.json")[0] == 0
+        parts[part] = set(json.loads((tmp_path / "r.json").read_text())["models"]["bicubic"]["images"])
+    assert [len(parts[part]) for part in ("train", "val", "test")] == [32, 6, 2] and len(set.union(*parts.values())) == 40
+    assert parts["test"] == {'000005', '000009'}  # on any machine

@@ -147,7 +147,7 @@ def test_losses_are_the_papers_equations():
     p_real, p_fake = torch.sigmoid(real.double()), torch.sigmoid(fake.double())
     assert torch.isclose(srgan.adversarial_loss(fake).double(), -p_fake.log().mean())
     one_minus = torch.sigmoid(-fake.double())  # 1 - D, without cancellation
-    assert torch.isclose(srgan.discriminator_loss(real, fake).double(), -p_real.log().mean() - one_minus.log().mean())
+    assert torch.isclose(srgan.discriminator_loss(fake, real).double(), -p_real.log().mean() - one_minus.log().mean())
     phi = srgan.TruncatedVGG19("1_2", "random")
     sr, hr = (torch.rand(2, 3, 16, 16) * 2 - 1 for _ in range(2))
     sr.requires_grad_(), hr.requires_grad_()
