@@ -772,7 +772,7 @@ def load_lpips(device="cpu"):
 # ---------------------------------------------------------------------------------------------
 
 def fold_batch_norm(generator):
-    """A copy of a generator for inference whose batch norms are part of the convolutions before them: the same function, faster."""
+    """A copy of a generator for inference whose batch norms are part of the convolutions before them: the same function."""
     generator = copy.deepcopy(generator).eval()
     for body in [block.body for block in generator.blocks] + [generator.fuse]:
         for i, layer in enumerate(body):

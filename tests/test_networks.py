@@ -156,3 +156,64 @@ def test_losses_are_the_papers_equations():
     assert torch.isclose(loss, unscaled * 0.00615, rtol=1e-3)  # "a factor of approximately 0.006"
     loss.backward()
     assert sr.grad.any() and hr.grad is None
+
+
+def test_the_variants_of_the_discriminator_are_what_they_say():
+    d = srgan.Discriminator(channels=(64, 128, 128, 256, 256, 512, 512, 512), first_kernel=9, norm="instance", pool=6)
+    first, *rest = [m for m in d.features if isinstance(m, nn.Conv2d)]
+    assert first.kernel_size == (9, 9) and [m.stride[0] for m in (first, *rest)] == [1, 2] * 4
+    assert sum(isinstance(m, nn.InstanceNorm2d) for m in d.modules()) == 7 and not any(isinstance(m, nn.BatchNorm2d) for m in d.modules())
+    for size in (96, 128):
+        assert d(torch.zeros(1, 3, size, size)).shape == (1,) and d.classifier[1].in_features == 18432
+
+
+def test_rrdb_blocks_take_the_place_of_residual_blocks():
+    g = srgan.Generator(channels=16, n_blocks=2, block="rrdb")
+    assert notation(g.blocks[0].body[0].modules()) == ["k3n32s1"] * 4 + ["k3n16s1"]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in g.modules()) and g.radius == 4 + 30 + 1 + 3
+    x = torch.rand(1, 3, 6, 6)
+    block = g.blocks[0].body[0]
+    f = torch.rand(1, 16, 6, 6)
+    maps = [f]
+    for layer in block.convs[:-1]:
+        maps.append(nn.functional.leaky_relu(layer(torch.cat(maps, 1)), 0.2))
+    assert torch.allclose(block(f), f + 0.2 * block.convs[-1](torch.cat(maps, 1)))
+    assert torch.allclose(srgan.fold_batch_norm(g)(x), g(x))
+
+
+def test_the_gradient_penalty_is_zero_for_slope_one_and_reaches_the_critic():
+    w = torch.randn(3 * 8 * 8)
+    sr, hr, mix = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.rand(4)
+    for slope in (1.0, 3.0):
+        weight = (slope * w / w.norm()).requires_grad_()
+        penalty = srgan.gradient_penalty(lambda x: x.flatten(1) @ weight, sr, hr, mix)
+        assert penalty.item() == pytest.approx((slope - 1) ** 2, abs=1e-5)
+        penalty.backward()
+        assert torch.allclose(weight.grad, 2 * (slope - 1) * w / w.norm(), atol=1e-4)
+    points = []
+    srgan.gradient_penalty(lambda x: (points.append(x), x.sum((1, 2, 3)))[1], sr, hr, torch.tensor([0.0, 1.0, 0.5, 0.25]))
+    assert torch.equal(points[0][0], hr[0]) and torch.equal(points[0][1], sr[1])
+    assert torch.allclose(points[0][3], 0.25 * sr[3] + 0.75 * hr[3])
+
+
+def test_the_gradient_penalty_works_in_bf16_as_in_fp32():
+    torch.manual_seed(0)
+    d = srgan.Discriminator(32, channels=(8, 16, 16, 32), norm="instance").to(memory_format=torch.channels_last)
+    sr, hr, mix = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.rand(4)
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        d.zero_grad()
+        with srgan.autocast(torch.device("cpu"), precision):
+            penalty = srgan.gradient_penalty(d, sr, hr, mix)
+        penalty.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in d.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_relativistic_losses_are_esrgans_equations():
+    real, fake = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([-3.0, 0.1, 1.0])
+    real_more = torch.sigmoid(real - fake.mean())  # D_Ra(x_r, x_f)
+    fake_more = torch.sigmoid(fake - real.mean())
+    assert torch.isclose(srgan.relativistic_discriminator_loss(fake, real), -real_more.log().mean() - (1 - fake_more).log().mean())
+    assert torch.isclose(srgan.relativistic_adversarial_loss(fake, real), -(1 - real_more).log().mean() - fake_more.log().mean())

@@ -149,3 +149,26 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(photos, tmp_path):
     assert gpu.pixels.device.type == "cuda"
     for (a, b), (c, d) in zip(cpu.batches(4, 0, 5), gpu.batches(4, 0, 5)):
         assert torch.equal(b, d.cpu()) and (a - c.cpu()).abs().max() * 255 <= 1.001
+
+
+def test_a_crop_margin_keeps_to_the_centre_and_grows_with_the_picture(tmp_path):
+    sizes = {"small.png": (100, 60), "large.png": (218, 178)}
+    for name, (h, w) in sizes.items():
+        Image.fromarray(photo(h, w)).save(tmp_path / name)
+    patches = srgan.Patches(srgan.find_images(tmp_path), 32, crop_margin=0.1, cache=tmp_path / "cache")
+    draws = np.concatenate([patches._draw(step, 2) for step in range(2000)])
+    for image, path in enumerate(patches.paths):
+        (h, w), seen = sizes[path.name], draws[draws[:, 0] == image]
+        for side, first in ((h, seen[:, 1]), (w, seen[:, 2])):
+            margin = min(int(0.1 * side / 4), (side // 4 - 12) // 2) * 4
+            assert first.min() == margin and first.max() == side // 4 * 4 - 48 - margin
+    assert all(hr.shape == (2, 3, 32, 32) for _, hr in patches.batches(2, 0, 3))
+
+
+def test_patches_can_grow(photos, tmp_path):
+    patches = make(photos, tmp_path)
+    patches.resize(64)
+    (lr, hr), = patches.batches(2, 0, 1)
+    assert lr.shape == (2, 3, 16, 16) and hr.shape == (2, 3, 64, 64)
+    with pytest.raises(srgan.InputError):
+        patches.resize(200)
