@@ -253,14 +253,7 @@ class Patches:
         self.paths, self.scale, self.kernel, self.device = list(paths), scale, kernel, torch.device(device)
         self.codes, self.crop_margin, self.seed, self.rank = np.array(SYMMETRIES[augment]), crop_margin, seed, rank
         self.weights = np.ones(len(self.paths)) if weights is None else np.asarray(weights, float)
-        sizes = _read_sizes(self.paths)
-        area = sizes.prod(1)
-        if store == "auto":
-            Path(cache).mkdir(parents=True, exist_ok=True)
-            fits = area.sum() * 3 < min(STORE_LIMIT, shutil.disk_usage(cache).free // 2)
-            store = "always" if fits or _store_path(self.paths, cache).exists() else "never"
-        self.pixels = _open_store(self.paths, sizes, cache) if store == "always" else None
-        self.start, self.size = np.cumsum(area) - area, sizes  # in pixels; size is 0 x 0 for what cannot be decoded
+        self.start, self.size, self.pixels = _open_store(self.paths, cache, store)
         self.resize(patch_size)
         if self.pixels is not None and self.device.type == "cuda" \
                 and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
@@ -344,58 +337,67 @@ class _Decoder(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(windows))
 
 
-def _read_sizes(paths):
-    """(height, width) of each picture as open_image would give it, from the file headers: int64 [n, 2], 0 x 0 where unreadable."""
-    def size(path):
-        try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
-                return image.size if turned else image.size[::-1]
-        except Exception:
-            return 0, 0
-    with ThreadPoolExecutor() as pool:
-        return np.array(list(pool.map(size, paths)), dtype=np.int64).reshape(-1, 2)
+def _read_size(path):
+    """(height, width) of a picture as open_image would give it, from the file's header; (0, 0) where it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+            return image.size if turned else image.size[::-1]
+    except Exception:
+        return 0, 0
 
 
-def _store_path(paths, cache):
-    key = hashlib.sha256(b"1")  # the version of the format
+def _open_store(paths, cache, store):
+    """All pictures' pixels end to end, in a file that is made on first use, and where each picture is in it.
+
+    Gives start [n], in pixels; size [n, 2], height and width, 0 x 0 for what cannot be decoded; and
+    the pixels, uint8 [all, 3], mapped from the file, or None where the pictures are to be streamed.
+    The files' key is made of the pictures' paths, sizes and times. A file takes its name when it
+    is complete, so one that was cut off half-way is made again.
+    """
+    key, cache = hashlib.sha256(b"1"), Path(cache)  # 1: the version of the format
     for path in paths:
         stat = os.stat(path)
-        key.update(f"{Path(path).resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return Path(cache) / f"{key.hexdigest()[:20]}.pixels"
-
-
-def _open_store(paths, sizes, cache):
-    """All pictures' pixels, end to end: uint8 [pixels, 3], mapped from a file that is made on first use.
-
-    Pictures that cannot be decoded get size 0 x 0 in `sizes`. The file takes its final name when
-    it is complete, so one that was cut off half-way is made again.
-    """
-    path = _store_path(paths, cache)
-    start = np.concatenate([[0], np.cumsum(sizes.prod(1))])
-    shape = (max(int(start[-1]), 1), 3)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if shape[0] * 3 > free:
-            raise InputError(f"{path.parent}: {shape[0] * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in "
-                             f"{free / 2 ** 30:.1f} GiB of free disk; name another folder with --cache, or stream (store=never)")
-        with replacing(path) as temporary:
-            store = np.memmap(temporary, np.uint8, "w+", shape=shape)
+        key.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{key.hexdigest()[:20]}.pixels"
+    index = file.with_suffix(".npy")  # [n, 3]: start, height, width
+    if index.exists():
+        table = np.load(index)
+    else:
+        with ThreadPoolExecutor() as pool:
+            sizes = list(tqdm(pool.map(_read_size, paths), "reading sizes", len(paths), unit="picture", leave=False))
+        area = np.array(sizes, dtype=np.int64).prod(1)
+        table = np.column_stack([np.cumsum(area) - area, sizes])
+        _save_array(index, table)
+    start, size = table[:, 0], table[:, 1:]
+    if not file.exists() and store != "never":
+        total, free = max(int((start + size.prod(1)).max()), 1), shutil.disk_usage(cache).free
+        if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
+            return start, size, None
+        if total * 3 > free:
+            raise InputError(f"{cache}: {total * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in {free / 2 ** 30:.1f} GiB "
+                             "of free disk; name another folder with --cache, or stream with --set store=never")
+        with replacing(file) as temporary:
+            pixels = np.memmap(temporary, np.uint8, "w+", shape=(total, 3))
 
             def decode(i):
                 try:
-                    pixels = open_rgb(paths[i]).reshape(-1, 3)
-                    store[start[i]:start[i + 1]] = pixels
-                    return True
-                except (InputError, ValueError):  # ValueError: the header announced another size
-                    return False
+                    pixels[start[i]:start[i] + size[i].prod()] = open_rgb(paths[i]).reshape(-1, 3)
+                except ValueError:  # it is broken (InputError), or its header announced another size
+                    size[i] = 0
             with ThreadPoolExecutor() as pool:
-                good = list(tqdm(pool.map(decode, range(len(paths))), "decoding once", len(paths), unit="picture"))
-            store.flush()
-            replacing_text(path.with_suffix(".bad"), json.dumps([i for i, ok in enumerate(good) if not ok]))
-    sizes[json.loads(path.with_suffix(".bad").read_text())] = 0
-    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # "c": private, so that torch may see it as writable
+                list(tqdm(pool.map(decode, range(len(paths))), "decoding once", len(paths), unit="picture"))
+            pixels.flush()
+            _save_array(index, table)
+    if store == "never":
+        return start, size, None
+    return start, size, torch.from_numpy(np.memmap(file, np.uint8, "c").reshape(-1, 3))  # "c": private, as torch wants it writable
+
+
+def _save_array(path, array):
+    with replacing(path) as temporary:
+        np.save(temporary, array)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32; convolutions have it by default
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -386,13 +386,14 @@ def main():
                 patches.resize(size)
                 yield from patches.batches(batch_size * stage.get("discriminator_steps", 1), max(first, step), min(last, total))
 
-    def update_discriminator(sr, hr, mix):
+    def update_discriminator(sr, hr, rng):
         """One step of D (Eq. 1); its part of the LOSSES."""
         discriminator.requires_grad_(True)
         with srgan.autocast(device, precision):
             real, fake = D(hr), D(sr)
             loss = srgan.ADVERSARIAL_LOSSES[stage["adversarial_loss"]][1](fake, real)
             if stage["gradient_penalty"]:
+                mix = torch.from_numpy(rng.random(len(hr), np.float32)).to(device, non_blocking=True)
                 loss = loss + stage["gradient_penalty"] * srgan.gradient_penalty(D, sr, hr, mix)
         optimize("discriminator", loss)
         discriminator.requires_grad_(False)
@@ -421,13 +422,12 @@ def main():
 
     def update(lr, hr):
         """One update of G, and in stage 2 of D before it (Sec. 3.2: alternating, k = 1); the LOSSES as one tensor on the device."""
-        value = {}
+        value, rng = {}, np.random.default_rng((config["seed"], rank, step, 1))
         for lr, hr in zip(lr.split(batch_size), hr.split(batch_size)):
             with srgan.autocast(device, precision):
                 sr = G(lr)                     # [N, 3, 96, 96]
             if D:
-                mix = np.random.default_rng((config["seed"], rank, step, 1)).random(len(hr), np.float32)
-                value = update_discriminator(sr.detach(), hr, torch.from_numpy(mix).to(device, non_blocking=True))
+                value = update_discriminator(sr.detach(), hr, rng)
         value |= generator_losses(sr, hr)
         optimize("generator", value["loss"])
         return torch.stack([value[name].detach().float() if name in value else sums.new_zeros(()) for name in LOSSES])

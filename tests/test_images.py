@@ -73,7 +73,7 @@ def test_exif_orientation_is_applied_and_known_to_the_header_scan(tmp_path):
     turned = save(tmp_path, rgb, "turned.png", exif=exif)
     assert turned.size == (16, 40)
     assert np.array_equal(turned, np.rot90(np.asarray(rgb), -1))
-    assert srgan._read_sizes([tmp_path / "turned.png"]).tolist() == [[40, 16]]
+    assert srgan._read_size(tmp_path / "turned.png") == (40, 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None])

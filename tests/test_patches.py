@@ -84,7 +84,7 @@ def test_auto_streams_what_exceeds_the_limit(photos, tmp_path, monkeypatch):
     assert make(photos, tmp_path / "a", store="auto").pixels is not None
     monkeypatch.setattr(srgan, "STORE_LIMIT", 1000)
     assert make(photos, tmp_path / "b", store="auto").pixels is None
-    assert not list((tmp_path / "b" / "cache").iterdir())
+    assert not list((tmp_path / "b" / "cache").glob("*.pixels"))
 
 
 @pytest.mark.parametrize("store", ["always", "never"])
@@ -172,3 +172,9 @@ def test_patches_can_grow(photos, tmp_path):
     assert lr.shape == (2, 3, 16, 16) and hr.shape == (2, 3, 64, 64)
     with pytest.raises(srgan.InputError):
         patches.resize(200)
+
+
+def test_headers_are_read_once(photos, tmp_path, monkeypatch):
+    make(photos, tmp_path, store="never")
+    monkeypatch.setattr(srgan, "_read_size", lambda path: pytest.fail("read again"))
+    make(photos, tmp_path, store="never"), make(photos, tmp_path)
