@@ -9,6 +9,7 @@ Exit status: 0; 1 where some pictures could not be measured; 2 for wrong usage o
 import argparse
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,10 +24,11 @@ def parse_args():
     parser.add_argument("--ckpt", nargs="*", default=[], metavar="FILE", help="checkpoints of train.py (none: bicubic alone)")
     parser.add_argument("--data", required=True, metavar="DIR", help="HR pictures, or HR/ and LR_bicubic_x4/")
     parser.add_argument("--lr", metavar="DIR", help="LR pictures made elsewhere, of the same names, or ending in x4 or _LR")
-    parser.add_argument("--split", choices=("train", "val", "test"), help="only this part of DIR, divided as the first checkpoint's "
-                        "training divided its data (default: 80/15/5)")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="only this part of DIR, the folder that training had as its "
+                        "one --data, by the shares of the first checkpoint (default: 80/15/5)")
     parser.add_argument("--scale", type=int, choices=srgan.SCALES, help="default: the checkpoints', else 4")
-    parser.add_argument("--kernel", choices=("bicubic", "gaussian"), default="bicubic", help="how LR is made where it is not given")
+    parser.add_argument("--kernel", choices=("bicubic", "gaussian"), help="how LR is made where it is not given (default: as the first "
+                        "checkpoint was trained, else bicubic)")
     parser.add_argument("--rgb", action="store_true", help="measure on RGB instead of Y")
     parser.add_argument("--shave", type=int, metavar="N", help="border pixels to leave out (default: scale)")
     parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which downloads AlexNet on first use")
@@ -53,6 +55,13 @@ def cells(metrics):
     return "".join(f"{cell:>18s}" for cell in text)
 
 
+def finite(value):
+    """A document for JSON, which knows no infinity: the PSNR of identical pictures becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def save_pictures(folder, names, stem, pictures, hr, scores):
     """Each model's SR as <folder>/<model>/<stem>.png, and all of them beside HR as <folder>/comparison/<stem>.png."""
     sheet = srgan.strip([*pictures, hr], [f"{name} {score['psnr']:.2f} dB / {score['ssim']:.4f}"
@@ -67,16 +76,20 @@ def save_pictures(folder, names, stem, pictures, hr, scores):
 def main():
     args = parse_args()
     device = srgan.pick_device(args.device)
+    state = srgan.load_checkpoint(args.ckpt[0]) if args.ckpt else {}
+    kernel = args.kernel or state.get("config", {}).get("kernel", "bicubic")
     generators = {path: srgan.fold_batch_norm(srgan.load_generator(path, device)) for path in args.ckpt}
     scales = {g.arch["scale"] for g in generators.values()} | ({args.scale} if args.scale else set())
     if len(scales) > 1:
         raise InputError(f"one table is of one scale, not of {sorted(scales)}")
     scale = scales.pop() if scales else 4
     shave = scale if args.shave is None else args.shave
-    pairs = srgan.find_pairs(args.data, args.lr, scale, args.kernel)
+    pairs = srgan.find_pairs(args.data, args.lr, scale, kernel)
     if args.split:
-        config = srgan.load_checkpoint(args.ckpt[0]).get("config", {}) if args.ckpt else {}
-        chosen = srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))[args.split]
+        if state.get("val"):
+            raise InputError(f"{args.ckpt[0]} was trained with --val {state['val']}: no part of its data was held out")
+        shares = state.get("config", {}).get("split", (80, 15, 5))
+        chosen = set(srgan.split([hr for _, hr, _ in pairs], shares)[args.split])
         pairs = [pair for pair in pairs if pair[1] in chosen]
         if not pairs:
             raise InputError(f"{args.data}: the {args.split} part is empty")
@@ -88,11 +101,15 @@ def main():
             print(f"{error}; going on without it", file=sys.stderr)
 
     models = ["bicubic", *generators]
-    folders = [("_".join(Path(m).with_suffix("").parts[-2:]) if m in generators else m) for m in models]  # gan_checkpoint_best_psnr
+    folders = ["comparison", "bicubic"]
+    for path in generators:  # such as gan_checkpoint_best_psnr
+        name = "_".join(Path(path).with_suffix("").parts[-2:]).strip("/\\")
+        folders.append(name if name not in folders else f"{name}_{len(folders)}")
+    folders = folders[1:]
     scores = {model: {} for model in models}
     for stem, hr_path, lr_path in tqdm(pairs, unit="picture", leave=False, disable=not sys.stderr.isatty()):
         try:
-            lr, hr = srgan.open_pair(hr_path, lr_path, scale, args.kernel)
+            lr, hr = srgan.open_pair(hr_path, lr_path, scale, kernel)
             pictures = [srgan.bicubic(lr, scale)] + [srgan.upscale(g, lr) for g in generators.values()]
             row = [srgan.measure(sr, hr, shave, not args.rgb, lpips) for sr in pictures]
         except ValueError as error:  # unreadable, or smaller than what the metrics need
@@ -106,7 +123,7 @@ def main():
     if failed == len(pairs):
         raise InputError(f"{args.data}: no picture could be measured")
 
-    lr_source = args.lr or ("LR pictures of the folder" if pairs[0][2] else f"{args.kernel} x1/{scale} of HR")
+    lr_source = args.lr or ("LR pictures of the folder" if pairs[0][2] else f"{kernel} x1/{scale} of HR")
     print(f"{args.data}{f' ({args.split})' if args.split else ''}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {'RGB' if args.rgb else 'Y'}, "
           f"{shave} border pixels removed, 8 bits")
     result = {model: {**srgan.aggregate(list(rows.values())), "images": rows} for model, rows in scores.items()}
@@ -120,7 +137,7 @@ def main():
     if args.json:
         protocol = {"channels": "RGB" if args.rgb else "Y", "shave": shave, "bits": 8, "lr": lr_source}
         document = {"data": args.data, "scale": scale, "protocol": protocol, "models": result}
-        srgan.replacing_text(args.json, json.dumps(document, indent=2) + "\n")
+        srgan.replacing_text(args.json, json.dumps(finite(document), indent=2) + "\n")
     if args.csv:
         with srgan.replacing(args.csv) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 
 class InputError(ValueError):
     """Something that the person at the keyboard can put right: one line, what is wrong and what to do."""
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:160]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def open_image(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # decoders raise exceptions of every type on broken files
-        raise InputError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: cannot be read as a picture ({_one_line(error)})") from None
 
 
 def _cmyk_to_rgb(image, profile):
@@ -133,7 +138,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
         lr = on_grid(F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True))
         lr = F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
     elif kernel == "gaussian":
-        margin = 5 * scale // 4  # the taps reach 4 sigma
+        margin = 5 * scale // 4  # the taps reach 3 to 4 sigma
         taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
         taps = torch.softmax(-taps ** 2 / (2 * (0.4 * scale) ** 2), dim=0)  # exp(-d^2 / 2 sigma^2), sum 1
         lr = F.pad(hr.reshape(n * c, 1, h, w), [margin] * 4, mode="replicate")
@@ -254,6 +259,7 @@ class Patches:
         self.codes, self.crop_margin, self.seed, self.rank = np.array(SYMMETRIES[augment]), crop_margin, seed, rank
         self.weights = np.ones(len(self.paths)) if weights is None else np.asarray(weights, float)
         self.start, self.size, self.pixels = _open_store(self.paths, cache, store)
+        self.window = None
         self.resize(patch_size)
         if self.pixels is not None and self.device.type == "cuda" \
                 and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
@@ -261,6 +267,8 @@ class Patches:
 
     def resize(self, patch_size):
         """Go on with patches of another size."""
+        if self.window == patch_size + 2 * MARGIN * self.scale:
+            return
         self.window = patch_size + 2 * MARGIN * self.scale  # side of the HR crop that a patch is made from
         usable = (self.size >= self.window).all(1)
         if left_out := [str(p) for p, ok in zip(self.paths, usable) if not ok]:
@@ -306,13 +314,24 @@ class Patches:
         else:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             windows = torch.utils.data.DataLoader(_Decoder(self, n), batch_size=None, sampler=range(first, last),
-                                                  num_workers=cores, pin_memory=self.device.type == "cuda")
+                                                  num_workers=cores, worker_init_fn=_ignore_signals,
+                                                  pin_memory=self.device.type == "cuda")
         cut = MARGIN * self.scale
         for window in windows:
+            if isinstance(window, Path):
+                raise InputError(f"{window} and most other pictures cannot be read any more")
+            if window.device.type == "cpu" and self.device.type == "cuda" and not window.is_pinned():
+                window = window.pin_memory()  # so that the copy waits for nothing
             window = to_tensor(window.to(self.device, non_blocking=True))  # [n, 3, window, window]
             lr = downsample(window, self.scale, self.kernel)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
             hr = window[:, :, cut:-cut, cut:-cut] * 2 - 1
             yield (lr.contiguous(memory_format=torch.channels_last), hr.contiguous(memory_format=torch.channels_last))
+
+
+def _ignore_signals(_):
+    """In a worker process: a signal to all processes at once is for the main one to act on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Decoder(torch.utils.data.Dataset):
@@ -322,29 +341,42 @@ class _Decoder(torch.utils.data.Dataset):
         self.patches, self.n = patches, n
 
     def __getitem__(self, step):
-        side, windows, draw = self.patches.window, [], step
-        while len(windows) < self.n:  # again, with other draws, only where a picture turns out to be broken
+        side, windows = self.patches.window, []
+        for draw in range(step, step + 10 * 2 ** 40, 2 ** 40):  # again only where a picture turns out to be broken
             for image, top, left, code in self.patches._draw(draw, self.n - len(windows)):
+                path = self.patches.paths[image]
                 try:
-                    window = open_rgb(self.patches.paths[image])[top:top + side, left:left + side]
+                    window = open_rgb(path)[top:top + side, left:left + side]
+                    if window.shape != (side, side, 3):
+                        raise InputError(f"{path}: not of the size that its header announces")
                 except InputError as error:
                     print(error, file=sys.stderr)
                     continue
                 window = window[:, ::-1] if code & 1 else window
                 window = window[::-1] if code & 2 else window
                 windows.append(window.swapaxes(0, 1) if code & 4 else window)
-            draw += 2 ** 40
-        return torch.from_numpy(np.stack(windows))
+            if len(windows) == self.n:
+                return torch.from_numpy(np.stack(windows))
+        return path  # an exception would come out of the worker process as a traceback
 
 
 def _read_size(path):
     """(height, width) of a picture as open_image would give it, from the file's header; (0, 0) where it is unreadable."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+            exif = Image.Image.getexif(image)  # PNG's own would decode the whole picture
+            turned = exif.get(0x0112, 1) >= 5 and image.format != "TIFF"  # 5 to 8 swap the sides; Pillow did so for TIFF
             return image.size if turned else image.size[::-1]
     except Exception:
         return 0, 0
+
+
+def _parallel(function, items, title):
+    pool = ThreadPoolExecutor()
+    try:
+        return list(tqdm(pool.map(function, items), title, len(items), unit="picture", disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
 
 
 def _open_store(paths, cache, store):
@@ -365,8 +397,7 @@ def _open_store(paths, cache, store):
     if index.exists():
         table = np.load(index)
     else:
-        with ThreadPoolExecutor() as pool:
-            sizes = list(tqdm(pool.map(_read_size, paths), "reading sizes", len(paths), unit="picture", leave=False))
+        sizes = _parallel(_read_size, paths, "reading sizes")
         area = np.array(sizes, dtype=np.int64).prod(1)
         table = np.column_stack([np.cumsum(area) - area, sizes])
         _save_array(index, table)
@@ -374,6 +405,7 @@ def _open_store(paths, cache, store):
     if not file.exists() and store != "never":
         total, free = max(int((start + size.prod(1)).max()), 1), shutil.disk_usage(cache).free
         if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
+            print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding them as they are needed", file=sys.stderr)
             return start, size, None
         if total * 3 > free:
             raise InputError(f"{cache}: {total * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in {free / 2 ** 30:.1f} GiB "
@@ -383,11 +415,12 @@ def _open_store(paths, cache, store):
 
             def decode(i):
                 try:
-                    pixels[start[i]:start[i] + size[i].prod()] = open_rgb(paths[i]).reshape(-1, 3)
+                    picture = open_rgb(paths[i])
+                    pixels[start[i]:start[i] + size[i].prod()] = picture.reshape(-1, 3)
+                    size[i] = picture.shape[:2]
                 except ValueError:  # it is broken (InputError), or its header announced another size
                     size[i] = 0
-            with ThreadPoolExecutor() as pool:
-                list(tqdm(pool.map(decode, range(len(paths))), "decoding once", len(paths), unit="picture"))
+            _parallel(decode, range(len(paths)), "decoding once")
             pixels.flush()
             _save_array(index, table)
     if store == "never":
@@ -539,9 +572,9 @@ VGG19_LAYERS = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1)
 class ContentNetwork(nn.Module):
     """A frozen ImageNet network up to one layer: [N, 3, H, W] in [-1, 1] -> feature maps phi, divided by `divisor`.
 
-    Sec. 3.2 scales the feature maps by 1/12.75, which makes the content loss 0.006 of Eq. 5. weights: "imagenet" (torchvision's file, downloaded on first use), a path to a
-    file in torchvision's layout, whole network or features alone, or "random" (seeded, for tests).
-    Raises InputError where the weights cannot be had.
+    Sec. 3.2 scales the feature maps by 1/12.75, which makes the content loss 0.006 of Eq. 5.
+    weights: "imagenet" (torchvision's file, downloaded on first use), a path to a file in
+    torchvision's layout, whole network or features alone, or "random" (seeded, for tests). Raises InputError where the weights cannot be had.
     """
 
     def __init__(self, features, weights, url, divisor):
@@ -602,9 +635,9 @@ def _imagenet_state(features, weights, url):
     if weights == "imagenet":
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the hash differs
-            raise InputError(f"cannot download {url} ({error}); fetch it elsewhere and give its path as the "
-                             "content network's weights") from None
+        except Exception as error:  # no network, a cut-off download, another hash, a broken file in the cache
+            raise InputError(f"cannot download {url} ({_one_line(error)}); fetch it elsewhere and name it with "
+                             "--vgg-weights PATH, or try things out with --vgg-weights random") from None
     else:
         state = load_checkpoint(weights)
     state = {key.removeprefix("features."): value for key, value in state.items()}
@@ -688,7 +721,7 @@ def _planes(picture, shave, luma):
         raise ValueError(f"expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not {picture.dtype} {tuple(picture.shape)}")
     h, w = picture.shape[-2:]
     if min(h, w) <= 2 * shave:
-        raise ValueError(f"nothing is left of {h}x{w} after {shave} pixels from each border")
+        raise InputError(f"nothing is left of {h}x{w} after {shave} pixels from each border")
     x = picture[..., shave:h - shave, shave:w - shave].double()
     if luma:  # ITU-R BT.601, studio swing: Y in [16, 235]
         x = 16 + (65.481 * x[..., 0:1, :, :] + 128.553 * x[..., 1:2, :, :] + 24.966 * x[..., 2:3, :, :]) / 255
@@ -720,7 +753,7 @@ def ssim(sr, hr, shave=4, luma=True):
     """
     x, y = _pair(sr, hr, shave, luma)
     if min(x.shape[-2:]) < 11:
-        raise ValueError("SSIM needs 11x11 pixels inside the shaved border")
+        raise InputError("SSIM needs 11x11 pixels inside the shaved border")
     window = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
     window = torch.softmax(-window ** 2 / (2 * 1.5 ** 2), dim=0)
 
@@ -744,8 +777,11 @@ def measure(sr, hr, shave=4, luma=True, lpips=None):
 def aggregate(scores):
     """A list of what measure gave -> {metric: {"mean", "std"} over the pictures, or None where it was not measured}."""
     columns = {metric: [score[metric] for score in scores] for metric in scores[0]}
-    return {metric: None if None in values else {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    return {metric: None if None in values else {"mean": float(np.mean(values)), "std": float(np.std(values)) if np.isfinite(values).all() else math.nan}
             for metric, values in columns.items()}
+
+
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def load_lpips(device="cpu"):
@@ -756,13 +792,17 @@ def load_lpips(device="cpu"):
     """
     try:
         import lpips
-        with warnings.catch_warnings(action="ignore"):  # of torchvision, for how lpips asks it for AlexNet
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torchvision, for how lpips asks it for AlexNet
             network = lpips.LPIPS(net="alex", verbose=False).to(device)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(f"LPIPS is not available ({error})") from None
+    except Exception as error:  # no package, no network, a cut-off download, another hash, a broken file in the cache
+        raise InputError(f"LPIPS is not available ({_one_line(error)}); fetch {ALEXNET} elsewhere and put it into "
+                         f"{torch.hub.get_dir()}/checkpoints, or leave LPIPS out") from None
 
     @torch.inference_mode()
     def distance(sr, hr):
+        if min(hr.shape[:2]) < 32:
+            raise InputError("LPIPS needs 32x32 pixels; leave it out for smaller pictures")
         x, y = (to_tensor(p)[None].to(device) * 2 - 1 for p in (sr, hr))
         return network(x, y).item()
     return distance
@@ -881,7 +921,10 @@ def replacing_text(path, text):
 def save_checkpoint(path, generator, **more):
     """Write `generator`'s weights and arguments, and whatever else is given, at once or not at all."""
     with replacing(path) as temporary:
-        torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
+        try:
+            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -906,18 +949,21 @@ def load_generator(path, device="cpu"):
         generator = Generator(**state["arch"])
         generator.load_state_dict(state["generator"])
     except Exception as error:  # TypeError: other arguments; RuntimeError: other weights; AttributeError: no dictionary
-        raise InputError(f"{path}: holds a generator of another architecture ({' '.join(str(error).split())[:120]})") from None
+        raise InputError(f"{path}: holds a generator of another architecture ({_one_line(error)})") from None
     return generator.to(device, memory_format=torch.channels_last).eval()
 
 
 def run(main):
     """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
     try:
         status = main()
     except (InputError, OSError) as error:
         status = f"{error}"
-    except torch.OutOfMemoryError:
-        status = "out of memory; take a smaller --tile, or --batch-size, or --device cpu"
+    except (MemoryError, RuntimeError) as error:  # torch's for the CPU is a plain RuntimeError
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        status = "out of memory; take a smaller --tile or --batch-size"
     except KeyboardInterrupt:
         sys.exit(130)
     if isinstance(status, str):

@@ -4,7 +4,7 @@
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage gan
 
 Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM finishes the update, saves and
-exits; --resume goes on from there, bit for bit on the same machine. Any setting of config.json:
+exits; --resume goes on from there, on the CPU bit for bit. Any setting of config.json:
 
     python train.py ... --preset quick --set gan.lr=5e-5 --set content_network=vgg19:2_2
 
@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,9 @@ RULES = {
     "store": one_of("auto", "always", "never"),
     "split": (lambda v: len(v) == 3 and all(type(n) is int and n >= 0 for n in v) and sum(v) == 100 and v[0] * v[1] > 0,
               "percentages for training, validation and test that make 100, the first two above 0"),
-    "validate_on": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
+    "validate_on": not_negative, "recoveries": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
     "steps_per_epoch": positive, "ema": fraction, "lpips": one_of(True, False), "precision": one_of("auto", "bf16", "fp32"),
-    "compile": one_of("auto", "yes", "no"), "seed": not_negative,
+    "compile": one_of("auto", "yes", "no"), "seed": (lambda v: 0 <= v < 2 ** 63, "from 0 to below 2^63"),
     "epochs": positive, "lr": positive, "warmup": not_negative, "schedule": one_of("constant", "step", "cosine"),
     "betas": (lambda v: len(v) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "milestones": (are_epochs, "epochs in ascending order"),
@@ -131,7 +132,7 @@ def resolve_config(args, saved=None):
         for part in reversed(name.split(".")):
             value = {part: value}
         lay_over(config, value)
-    flags = {key: getattr(args, key) for key in ("steps_per_epoch", "batch_size", "precision", "seed")}
+    flags = {key: getattr(args, key) for key in ("steps_per_epoch", "batch_size", "content_weights", "precision", "seed")}
     lay_over(config, {key: value for key, value in flags.items() if value is not None})
     flags = {key: getattr(args, key) for key in ("epochs", "lr")}
     lay_over(config[args.stage], {key: value for key, value in flags.items() if value is not None}, args.stage + ".")
@@ -159,6 +160,8 @@ def parse_args(argv=None):
     parser.add_argument("--steps-per-epoch", type=int, metavar="N")
     parser.add_argument("--batch-size", type=int, metavar="N", help="patches per update and GPU")
     parser.add_argument("--lr", type=float, help="learning rate")
+    parser.add_argument("--vgg-weights", dest="content_weights", metavar="PATH", help="weights of the content network: imagenet (downloaded on "
+                        "first use, the default), a file in torchvision's layout, or random (to try things out)")
     parser.add_argument("--init", metavar="CKPT", help="generator to start from (stage gan: default, the first there is of "
                         "runs/srresnet/checkpoint_best_psnr.pth and weights/srresnet.pth)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="CKPT", help="go on from the --out folder's checkpoint_latest.pth, or from CKPT")
@@ -175,7 +178,7 @@ def parse_args(argv=None):
 
 
 def find_data(folders):
-    """({path: weight} of the pictures in folders named DIR or DIR=WEIGHT, sorted)."""
+    """{path: weight} of the pictures in folders named DIR or DIR=WEIGHT, sorted by path."""
     weights = {}
     for name in folders:
         folder, equals, weight = name.rpartition("=")
@@ -185,8 +188,8 @@ def find_data(folders):
             number = float(weight)
         except ValueError:
             number = 0.0
-        if not 0 < number < math.inf:
-            raise InputError(f"--data {name}: the weight must be a number above 0")
+        if not 0 < number < 1e9:
+            raise InputError(f"--data {name}: the weight must be a number above 0 and below 1e9")
         weights |= dict.fromkeys(srgan.find_images(folder), number)
     return dict(sorted(weights.items()))
 
@@ -295,22 +298,25 @@ def main():
 
     # One process, or one of several that torchrun started. Rank 0 validates, logs and saves.
     world, rank, local = (int(os.environ.get(key, default)) for key, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    device = srgan.pick_device(f"cuda:{local}" if world > 1 and args.device == "auto" and torch.cuda.is_available() else args.device)
+    device = srgan.pick_device(args.device)
     if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32; convolutions have it by default
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))  # rank 0 validates
 
     # Configuration and run folder.
     if args.wandb and not optional("wandb"):
         raise InputError("--wandb needs a package that is not installed: pip install wandb")
     out = Path(args.out or f"runs/{args.stage}")
     latest, state = out / "checkpoint_latest.pth", None
+    if args.resume and args.init:
+        raise InputError("--resume goes on with the run's own generator; leave --init out")
     if args.resume:
         state = srgan.load_checkpoint(latest if args.resume is True else args.resume, device)
-        if "training" not in state:
+        if "stage" not in state or "training" not in state:
             raise InputError("only a checkpoint_latest.pth can be resumed: the others hold the generator alone; start from one with --init")
         if state["stage"] != args.stage:
             raise InputError(f"the checkpoint is of stage {state['stage']}, not {args.stage}")
@@ -323,6 +329,18 @@ def main():
     step = state["step"] if state else 0
     if step >= total:
         raise InputError(f"the run is complete at update {step}; ask for more with --epochs")
+
+    # Pictures to train on and to validate on.
+    data = find_data(args.data)
+    if args.val:
+        pairs = srgan.find_pairs(args.val, scale=scale, kernel=config["kernel"])
+    else:
+        parts = srgan.split(data, config["split"])
+        if not parts["train"]:
+            raise InputError(f"{len(data)} pictures are too few to train on and to hold some out; give more, or --val")
+        held_out = parts["val"][:config["validate_on"] or None]
+        pairs = [(path.stem, path, None) for path in held_out]
+        data = {path: data[path] for path in sorted({*parts["train"], *parts["val"]} - {*held_out})}
 
     # Networks and optimisers. D exists in stage 2, phi where the content loss counts.
     torch.manual_seed(config["seed"])
@@ -347,30 +365,43 @@ def main():
         name, _, layer = config["content_network"].partition(":")
         phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"], divisor=config["content_divisor"])
         phi = phi.to(device, memory_format=torch.channels_last)
-    sums, best, seconds = torch.zeros(len(LOSSES), device=device), {}, 0.0
+    with torch.no_grad():  # what does not fit together shows now
+        probe = torch.zeros(min(batch_size, 2), 3, config["patch_size"], config["patch_size"], device=device)
+        for network in filter(None, (copy.deepcopy(discriminator), phi)):
+            try:
+                network(probe)
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"patches of {config['patch_size']}, {batch_size} at a time, are too small for "
+                                 f"{type(network).__name__} ({str(error).splitlines()[0]})") from None
+    sums, best, seconds, recovered = torch.zeros(len(LOSSES), device=device), {}, 0.0, 0
+
+    def restore(state):
+        nonlocal step, best, seconds, recovered
+        try:
+            step, best, seconds, recovered = (state[key] for key in ("step", "best", "seconds", "recovered"))
+            sums.copy_(state["training"]["sums"])
+            average.load_state_dict(state["generator"])
+            for name in networks:
+                networks[name].load_state_dict(state["training"][name])
+                optimizers[name].load_state_dict(state["training"][name + "_optimizer"])
+                optimizers[name].param_groups[0]["betas"] = tuple(stage["betas"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"the checkpoint's networks are not those of the configuration ({' '.join(str(error).split())[:160]})") from None
     if state:
-        sums, best, seconds = state["training"]["sums"], state["best"], state["seconds"]
-        average.load_state_dict(state["generator"])
-        for name in networks:
-            networks[name].load_state_dict(state["training"][name])
-            optimizers[name].load_state_dict(state["training"][name + "_optimizer"])
+        restore(state)
+        recovered = 0 if args.lr else recovered  # a rate that is named is meant
+    resumed, state = state is not None, None  # its tensors are not needed twice
 
     # G and D as they are called: compiled on CUDA.
     G, D = generator, discriminator
     if config["compile"] == "yes" or config["compile"] == "auto" and device.type == "cuda":
-        G, phi = torch.compile(G), phi and torch.compile(phi)
-        D = D if D and stage["gradient_penalty"] else D and torch.compile(D)  # a compiled network has no second derivative
+        G = torch.compile(G)
+        if phi is not None:
+            phi = torch.compile(phi)
+        if D is not None and not stage["gradient_penalty"]:  # a compiled network has no second derivative
+            D = torch.compile(D)
 
-    # Data. The first process of each machine makes the store, the others find it.
-    data = find_data(args.data)
-    if args.val:
-        pairs = srgan.find_pairs(args.val, scale=scale, kernel=config["kernel"])
-    else:
-        parts = srgan.split(data, config["split"])
-        if not parts["train"]:
-            raise InputError(f"{len(data)} pictures are too few to train on and to hold some out; give more, or --val")
-        pairs = [(path.stem, path, None) for path in parts["val"][:config["validate_on"] or None]]
-        data = {path: data[path] for path in parts["train"]}
+    # The store of patches. The first process of each machine makes it, the others find it.
     sizes = [(0, config["patch_size"])] + [((epoch - 1) * steps_per_epoch, size) for epoch, size in stage["grow"]]
     if world > 1 and local > 0:
         dist.barrier()
@@ -380,11 +411,12 @@ def main():
         dist.barrier()
 
     def batches():
-        """The batches of all updates to come, with one part for each step of D; patches grow as `grow` says."""
+        """The (LR, HR) of all updates to come, as many for each as D makes steps; patches grow as `grow` says."""
+        d_steps = stage.get("discriminator_steps", 1)
         for (first, size), (last, _) in zip(sizes, sizes[1:] + [(total, None)]):
             if step < min(last, total):
                 patches.resize(size)
-                yield from patches.batches(batch_size * stage.get("discriminator_steps", 1), max(first, step), min(last, total))
+                yield from zip(*[patches.batches(batch_size, max(first, step) * d_steps, min(last, total) * d_steps)] * d_steps)
 
     def update_discriminator(sr, hr, rng):
         """One step of D (Eq. 1); its part of the LOSSES."""
@@ -405,9 +437,9 @@ def main():
         with srgan.autocast(device, precision):
             if stage["pixel_weight"]:
                 value["pixel"] = srgan.PIXEL_LOSSES[stage["pixel_loss"]](sr, hr)
-            if phi:
+            if phi is not None:
                 value["content"] = srgan.content_loss(phi, sr, hr)
-            if D:
+            if D is not None:
                 with torch.no_grad():
                     real = D(hr) if stage["adversarial_loss"] == "relativistic" else None
                 value["adversarial"] = srgan.ADVERSARIAL_LOSSES[stage["adversarial_loss"]][0](D(sr), real)
@@ -420,20 +452,25 @@ def main():
             average_gradients(networks[name], world)
         optimizers[name].step()
 
-    def update(lr, hr):
+    def update(pairs):
         """One update of G, and in stage 2 of D before it (Sec. 3.2: alternating, k = 1); the LOSSES as one tensor on the device."""
         value, rng = {}, np.random.default_rng((config["seed"], rank, step, 1))
-        for lr, hr in zip(lr.split(batch_size), hr.split(batch_size)):
-            with srgan.autocast(device, precision):
-                sr = G(lr)                     # [N, 3, 96, 96]
-            if D:
-                value = update_discriminator(sr.detach(), hr, rng)
+        *earlier, (lr, hr) = pairs             # [N, 3, 24, 24] and [N, 3, 96, 96]
+        for early_lr, early_hr in earlier:     # where D makes several steps
+            with torch.no_grad(), srgan.autocast(device, precision):
+                sr = G(early_lr)
+            update_discriminator(sr, early_hr, rng)
+        with srgan.autocast(device, precision):
+            sr = G(lr)                         # [N, 3, 96, 96]
+        if D is not None:
+            value = update_discriminator(sr.detach(), hr, rng)
         value |= generator_losses(sr, hr)
         optimize("generator", value["loss"])
         return torch.stack([value[name].detach().float() if name in value else sums.new_zeros(()) for name in LOSSES])
 
     def save(name, **training):
-        srgan.save_checkpoint(out / name, average, stage=args.stage, step=step, best=best, seconds=seconds, config=config, **training)
+        srgan.save_checkpoint(out / name, average, stage=args.stage, step=step, best=best, seconds=seconds, recovered=recovered,
+                              config=config, val=args.val or "", **training)
 
     def save_latest():
         training = {"sums": sums}
@@ -463,9 +500,12 @@ def main():
         srgan.replacing_text(out / "config.json", json.dumps(config, indent=2) + "\n")
         if args.wandb:
             import wandb
-            tracker = wandb.init(project="srgan", name=out.name, dir=out, config=config)
+            try:
+                tracker = wandb.init(project="srgan", name=out.name, dir=out, config=config)
+            except wandb.errors.Error as error:
+                raise InputError(f"--wandb: {' '.join(str(error).split())}") from None
         rows = []
-        if state and (out / "metrics.csv").exists():
+        if resumed and (out / "metrics.csv").exists():
             with open(out / "metrics.csv", newline="") as file:  # what was logged after the checkpoint is done again
                 rows = [row for row in csv.DictReader(file) if int(row["update"]) <= step]
         baseline = validate(None, pairs, config, lpips)
@@ -476,26 +516,45 @@ def main():
         if step == 0:
             save_latest()
 
-    # The loop.
+    # The loop. Reading a tensor waits for the GPU, so the losses are looked at once a second, and at the end of an epoch.
     bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
-    began, epoch_began, epoch_first, shown = time.monotonic() - seconds, time.monotonic(), step, 0.0
-    for lr, hr in batches():
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = learning_rate(stage, step, steps_per_epoch)
-        losses = update(lr, hr)
+    began, epoch_began, epoch_first, looked, stop = time.monotonic() - seconds, time.monotonic(), step, 0.0, False
+    stream = batches()
+    while step < total and not stop:
+        for optimizer in optimizers.values():  # half the rate after each recovery
+            optimizer.param_groups[0]["lr"] = learning_rate(stage, step, steps_per_epoch) * 0.5 ** recovered
+        losses = update(next(stream))
         sums += losses
         step += 1
         srgan.ema_(average, generator, min(config["ema"], (1 + step) / (10 + step)))
         bar.update()
-        if rank == 0 and time.monotonic() - shown > 1:  # reading a loss waits for the GPU: once a second
-            shown = time.monotonic()
-            bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
-
         epoch, rest = divmod(step, steps_per_epoch)
+        if rest == 0 or step == total or (step % 10 == 0 if world > 1 else stopped or device.type == "cpu" or time.monotonic() - looked > 1):
+            looked = time.monotonic()
+            bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
+            flags = torch.stack([(~sums.isfinite()).any(), sums.new_tensor(bool(stopped))]).float()
+            if world > 1:  # what one process sees, all act on, after the same update
+                dist.all_reduce(flags)
+            broken, stop = (flags > 0).tolist()
+            if broken:
+                names = [name for name, value in zip(LOSSES, sums.tolist()) if not math.isfinite(value)]
+                text = f"{', '.join(names) or 'a loss of another process'} not finite at update {step}"
+                if recovered == config["recoveries"]:
+                    raise InputError(f"{text}, after {recovered} recoveries; try another --lr, or --precision fp32, from the last good state with --resume")
+                if stop:
+                    raise InputError(f"{text}; the last good state is kept, go on from it with --resume and a lower --lr")
+                again = recovered + 1
+                restore(srgan.load_checkpoint(latest, device))
+                recovered, stream = again, batches()
+                bar.write(f"{text}; going on from update {step} with the learning rate halved ({recovered} of {config['recoveries']})")
+                bar.reset(total)
+                bar.update(step)
+                epoch_began, epoch_first = time.monotonic(), step
+                if rank == 0:
+                    rows = [row for row in rows if int(row["update"]) <= step]
+                continue
         if rest == 0:
             mean = dict(zip(LOSSES, (sums / steps_per_epoch).tolist()))
-            if not all(map(math.isfinite, mean.values())):
-                raise InputError(f"the loss is not finite in epoch {epoch}; go back with --resume and a lower --lr, or --precision fp32")
             sums.zero_()
         if rest == 0 and rank == 0:
             row = {"epoch": epoch, "update": step, "lr": optimizers["generator"].param_groups[0]["lr"], **mean,
@@ -526,7 +585,7 @@ def main():
                 writer.writerows(rows)
             if config["checkpoint_every"] and epoch % config["checkpoint_every"] == 0:
                 save(f"checkpoint_epoch_{epoch:04d}.pth")
-                milestones = sorted(out.glob("checkpoint_epoch_*.pth"))
+                milestones = sorted(out.glob("checkpoint_epoch_*.pth"), key=lambda path: int(path.stem.split("_")[-1]))
                 for path in milestones[:-config["keep"]] if config["keep"] else ():
                     path.unlink()
             summary = {"stage": args.stage, "epoch": epoch, "update": step, "best": best, "bicubic": baseline, "seconds": seconds,
@@ -536,14 +595,6 @@ def main():
             save_latest()
         if rest == 0:
             epoch_began, epoch_first = time.monotonic(), step
-        stop = bool(stopped)
-        if world > 1:  # all processes stop after the same update; asking them waits, so not after each one
-            flag = torch.tensor(float(stop), device=device)
-            if step % 10 == 0:
-                dist.all_reduce(flag)
-            stop = step % 10 == 0 and flag.item() > 0
-        if stop:
-            break
     bar.close()
     if rank == 0 and step < total:
         seconds = time.monotonic() - began

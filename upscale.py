@@ -10,7 +10,6 @@ Palettes become RGB, CMYK becomes sRGB, 16 bits per channel become 8; in folders
 Exit status: 0; 1 where some pictures failed (the others are done); 2 for wrong usage or unusable input.
 """
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import srgan
 from srgan import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
 SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 OPAQUE = ("JPEG", "BMP", "PPM")  # formats without transparency
 
@@ -47,8 +47,8 @@ def parse_args():
         parser.error("--blend is between both models; leave --model out")
     if args.blend is not None and not 0 <= args.blend <= 1:
         parser.error("--blend must be from 0 to 1")
-    if args.outscale is not None and not 0 < args.outscale < math.inf:
-        parser.error("--outscale must be above 0")
+    if args.outscale is not None and not 0 < args.outscale <= 64:
+        parser.error("--outscale must be above 0 and at most 64")
     if args.tile is not None and args.tile < 0:
         parser.error("--tile must be 0 or above")
     return args
@@ -90,7 +90,7 @@ def plan(inputs, output):
             pictures = srgan.find_images(entry) if entry.is_dir() else [entry]
             root = entry if entry.is_dir() else entry.parent
             jobs += [(p, target / p.relative_to(root).with_suffix(".png")) for p in pictures]
-        if target.resolve().parts in [p.resolve().parts[:len(target.resolve().parts)] for p in map(Path, inputs) if p.is_dir()]:
+        if any(p.is_dir() and p.resolve().is_relative_to(target.resolve()) for p in map(Path, inputs)):
             raise InputError(f"{output} holds the input; name another folder")
     taken = {}
     sources = {source.resolve() for source, _ in jobs}
@@ -100,31 +100,22 @@ def plan(inputs, output):
         if result in taken:
             raise InputError(f"{source} and {taken[result]} would both become {result}")
         taken[result] = source
-        if result.suffix.lower() not in Image.registered_extensions() or format_of(result) not in Image.SAVE:
-            raise InputError(f"{result}: no format of that ending can be written; take .png, .jpg or .webp")
+        if result.suffix.lower() not in FORMATS:
+            raise InputError(f"{result}: take one of the endings {' '.join(FORMATS)}")
     return jobs
-
-
-def format_of(path):
-    return Image.registered_extensions()[path.suffix.lower()]
 
 
 def upscale_image(generator, image, outscale=None, **options):
     """PIL.Image as open_image gives it -> PIL.Image of the same mode, larger by the generator's scale or to `outscale`.
 
-    Grey pictures go through the generator as RGB and come back as its luma; so does transparency, which is
-    left as it is where it is the same everywhere.
+    Grey pictures go through the generator as RGB and come back as its luma. Transparency is enlarged by
+    bicubic interpolation: no photo, so the generator would leave traces in what is to be quite clear.
     """
-    def through(picture):
-        return Image.fromarray(srgan.upscale(generator, np.array(picture.convert("RGB")), **options))
-
-    *colours, alpha = image.split() if image.mode in ("LA", "RGBA") else (*image.split(), None)
-    result = through(Image.merge("RGB", colours) if len(colours) == 3 else colours[0])
-    if len(colours) == 1:
+    result = Image.fromarray(srgan.upscale(generator, np.array(image.convert("RGB")), **options))
+    if image.mode in ("L", "LA"):
         result = result.convert("L")
-    if alpha is not None:
-        low, high = alpha.getextrema()
-        result.putalpha(Image.new("L", result.size, low) if low == high else through(alpha).convert("L"))
+    if "A" in image.mode:
+        result.putalpha(image.getchannel("A").resize(result.size, Image.Resampling.BICUBIC))
     if outscale:
         size = [max(1, round(side * outscale)) for side in image.size]
         result = result.resize(size, Image.Resampling.LANCZOS)
@@ -142,19 +133,22 @@ def main():
     for source, result in tqdm(jobs, unit="picture", disable=len(jobs) == 1 or not sys.stderr.isatty()):
         try:
             image = srgan.open_image(source)
-            if "A" in image.mode and format_of(result) in OPAQUE:
-                raise InputError(f"{source}: {format_of(result)} cannot hold its transparency; write .png or .webp")
+            form = FORMATS[result.suffix.lower()]
+            if "A" in image.mode and form in OPAQUE:
+                raise InputError(f"{source}: {form} cannot hold its transparency; write .png or .webp")
             large = upscale_image(generator, image, args.outscale, progress=sys.stderr.isatty(), **options)
             result.parent.mkdir(parents=True, exist_ok=True)
             with srgan.replacing(result) as temporary:
-                large.save(temporary, format_of(result), **image.info, **SAVE.get(format_of(result), {}))
-        except (InputError, OSError) as error:
+                large.save(temporary, form, **image.info, **SAVE.get(form, {}))
+        except InputError as error:
             failures.append(str(error))
+        except (ValueError, OSError) as error:  # a full disk, or more pixels than the format allows
+            failures.append(f"{result}: cannot be written ({error})")
     if len(failures) == len(jobs) == 1:
         raise InputError(failures[0])
     for failure in failures:
         print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    return 0 if not failures else 1 if len(failures) < len(jobs) else 2
 
 
 if __name__ == "__main__":

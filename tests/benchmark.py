@@ -1,6 +1,6 @@
 """Speed of what training and upscaling spend their time on. A program, not a test:
 
-    python tests/benchmark.py [--device cuda] [--patches 4000] [--rounds 10]
+    python tests/benchmark.py [--device cuda] [--patches 8000] [--rounds 10]
 
 Timings of two variants alternate within one run; the ratio is the median over the rounds.
 """

@@ -1,5 +1,6 @@
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def photos(tmp_path_factory):
 def no_network(monkeypatch, tmp_path):
     """No test finds, or leaves, weights in the user's cache, and none of them waits for a proxy."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,6 +48,8 @@ def script(monkeypatch, capsys, tmp_path):
     """script("train", "--data", ...) runs a script in tmp_path: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def call(name, *args):
         module, srgan = importlib.import_module(name), importlib.import_module("srgan")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -53,7 +57,9 @@ def script(monkeypatch, capsys, tmp_path):
             srgan.run(module.main)
         out, err = capsys.readouterr()
         return exit.value.code or 0, out, err
-    return call
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 TINY = ("--set", "channels=8", "--set", "n_blocks=1", "--set", "patch_size=32", "--batch-size", "4", "--set", "lpips=false",

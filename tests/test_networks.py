@@ -109,6 +109,10 @@ def server(tmp_path):
 
         def log_message(self, *args):
             pass
+
+        def copyfile(self, source, target):
+            content = source.read()
+            target.write(content[:len(content) // 2] if "cut-" in self.path else content)  # the connection breaks off
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -128,10 +132,44 @@ def test_imagenet_weights_are_downloaded_once_and_checked(server, tmp_path, monk
     assert torch.equal(first.features[0].weight, state["features.0.weight"])
     (tmp_path / "www" / good).unlink()
     srgan.TruncatedVGG19("2_2")  # from the cache
-    for url in (f"{server}/{bad}", f"{server}/missing-01234567.pth", "http://127.0.0.1:9/vgg19-01234567.pth"):
+    (tmp_path / "www" / f"cut-{good}").write_bytes(content)
+    for url in (f"{server}/{bad}", f"{server}/cut-{good}", f"{server}/missing-01234567.pth", "http://127.0.0.1:9/vgg19-01234567.pth"):
         monkeypatch.setattr(srgan, "VGG19_URL", url)
-        with pytest.raises(srgan.InputError, match="cannot download"):
+        with pytest.raises(srgan.InputError, match="cannot download .*--vgg-weights PATH.* random") as error:
             srgan.TruncatedVGG19("2_2")
+        assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "torch-home/hub/checkpoints").iterdir()] == [good]  # nothing half-written stays
+    (tmp_path / "torch-home/hub/checkpoints" / good).write_bytes(content[:1000])
+    monkeypatch.setattr(srgan, "VGG19_URL", f"{server}/{good}")
+    with pytest.raises(srgan.InputError, match="cannot download"):
+        srgan.TruncatedVGG19("2_2")
+
+
+def test_lpips_backbone_is_downloaded_or_said_to_be_missing_in_one_line(server, tmp_path, monkeypatch):
+    import hashlib
+    pytest.importorskip("lpips")
+    from torchvision.models import _api, alexnet
+    torch.save({key: value.half() for key, value in alexnet().state_dict().items()}, tmp_path / "alexnet.pth")
+    content = (tmp_path / "alexnet.pth").read_bytes()
+    good = f"alexnet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (tmp_path / "www" / good).write_bytes(content)
+    (tmp_path / "www" / f"cut-{good}").write_bytes(content)
+    (tmp_path / "www" / "alexnet-01234567.pth").write_bytes(content[:1000])
+    asked, real = [], _api.load_state_dict_from_url
+
+    def redirect(url, *args, **options):
+        asked.append(url)
+        return real(address, *args, **options)
+    monkeypatch.setattr(_api, "load_state_dict_from_url", redirect)
+    for address in (f"{server}/alexnet-01234567.pth", f"{server}/cut-{good}", f"{server}/missing-01234567.pth", "http://127.0.0.1:9/a-01234567.pth"):
+        with pytest.raises(srgan.InputError, match="LPIPS is not available .* leave LPIPS out") as error:
+            srgan.load_lpips()
+        assert "\n" not in str(error.value)
+    address = f"{server}/{good}"
+    distance = srgan.load_lpips()
+    a, b = (torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy() for _ in range(2))
+    assert distance(a, b) > 0 and distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert set(asked) == {srgan.ALEXNET}
 
 
 def test_squeezenet_is_cut_after_the_layer_that_is_named():
@@ -140,6 +178,20 @@ def test_squeezenet_is_cut_after_the_layer_that_is_named():
     assert srgan.TruncatedSqueezeNet("3", "random")(torch.zeros(1, 3, 96, 96)).shape[1] == 128
     with pytest.raises(srgan.InputError, match="13"):
         srgan.TruncatedSqueezeNet("13", "random")
+
+
+def test_pixel_losses_are_the_means_of_equation_4_and_of_its_l1_form():
+    sr, hr = (torch.rand(2, 3, 8, 12) * 2 - 1 for _ in range(2))
+    total = {"mse": 0.0, "l1": 0.0}
+    for n in range(2):
+        for c in range(3):
+            for y in range(8):
+                for x in range(12):
+                    difference = hr[n, c, y, x].item() - sr[n, c, y, x].item()
+                    total["mse"] += difference ** 2
+                    total["l1"] += abs(difference)
+    for name, loss in srgan.PIXEL_LOSSES.items():
+        assert loss(sr, hr).item() == pytest.approx(total[name] / (2 * 3 * 8 * 12), rel=1e-5)
 
 
 def test_losses_are_the_papers_equations():

@@ -178,3 +178,19 @@ def test_headers_are_read_once(photos, tmp_path, monkeypatch):
     make(photos, tmp_path, store="never")
     monkeypatch.setattr(srgan, "_read_size", lambda path: pytest.fail("read again"))
     make(photos, tmp_path, store="never"), make(photos, tmp_path)
+
+
+def test_a_stream_whose_pictures_are_all_broken_ends(photos, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in srgan.find_images(photos):
+        (folder / path.name).write_bytes(path.read_bytes()[:5000])
+    patches = srgan.Patches(srgan.find_images(folder), 32, cache=tmp_path / "cache", store="never")
+    with pytest.raises(srgan.InputError, match="cannot be read"):
+        next(iter(patches.batches(2, 0, 1)))
+
+
+def test_sizes_are_read_without_decoding(photos, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert srgan._read_size(photos / "p1.png") == (103, 125)

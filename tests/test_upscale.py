@@ -51,7 +51,7 @@ def test_every_kind_of_picture_keeps_what_it_is(script, ckpt, tmp_path):
         assert result.mode == mode and result.size == tuple(4 * n for n in expected.size), name
         assert near(result, expected), name
         if mode in ("RGBA", "LA"):
-            assert near(result.getchannel("A"), alpha), name
+            assert near(result.getchannel("A"), alpha) and result.getchannel("A").getextrema() == (0, 255), name
 
 
 def test_transparency_that_is_the_same_everywhere_stays_exactly(script, ckpt, tmp_path):
@@ -102,6 +102,7 @@ def test_a_broken_picture_among_others_fails_alone(script, ckpt, tmp_path, one_l
     (tmp_path / "in" / "b.png").write_text("hello")
     status, _, err = script("upscale", "in", "out", "--ckpt", ckpt)
     assert status == 1 and "b.png" in err
+    assert script("upscale", "in/b.png", "in/c.png", "out", "--ckpt", ckpt)[0] == 2  # none was done
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
