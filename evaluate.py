@@ -124,7 +124,8 @@ def main():
         raise InputError(f"{args.data}: no picture could be measured")
 
     lr_source = args.lr or ("LR pictures of the folder" if pairs[0][2] else f"{kernel} x1/{scale} of HR")
-    print(f"{args.data}{f' ({args.split})' if args.split else ''}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {'RGB' if args.rgb else 'Y'}, "
+    name, channels = args.data + (f" ({args.split})" if args.split else ""), "RGB" if args.rgb else "Y"
+    print(f"{name}: {len(pairs) - failed} pictures, x{scale}, LR: {lr_source}; PSNR and SSIM on {channels}, "
           f"{shave} border pixels removed, 8 bits")
     result = {model: {**srgan.aggregate(list(rows.values())), "images": rows} for model, rows in scores.items()}
     width = max(len(name) for name in [*models, *(["  " + stem for stem in scores["bicubic"]] if args.per_image else [])]) + 2
@@ -135,7 +136,7 @@ def main():
             print(f"{'  ' + stem:{width}s}{cells(score)}")
 
     if args.json:
-        protocol = {"channels": "RGB" if args.rgb else "Y", "shave": shave, "bits": 8, "lr": lr_source}
+        protocol = {"channels": channels, "shave": shave, "bits": 8, "lr": lr_source}
         document = {"data": args.data, "scale": scale, "protocol": protocol, "models": result}
         srgan.replacing_text(args.json, json.dumps(finite(document), indent=2) + "\n")
     if args.csv:

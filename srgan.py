@@ -41,7 +41,8 @@ class InputError(ValueError):
     """Something that the person at the keyboard can put right: one line, what is wrong and what to do."""
 
 
-def _one_line(error):
+def one_line(error):
+    """An exception's text, to stand within a message."""
     return " ".join(str(error).split())[:160]
 
 
@@ -90,7 +91,7 @@ def open_image(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # decoders raise exceptions of every type on broken files
-        raise InputError(f"{path}: cannot be read as a picture ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
 
 
 def _cmyk_to_rgb(image, profile):
@@ -405,7 +406,8 @@ def _open_store(paths, cache, store):
     if not file.exists() and store != "never":
         total, free = max(int((start + size.prod(1)).max()), 1), shutil.disk_usage(cache).free
         if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
-            print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding them as they are needed", file=sys.stderr)
+            print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding as they are needed",
+                  file=sys.stderr)
             return start, size, None
         if total * 3 > free:
             raise InputError(f"{cache}: {total * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in {free / 2 ** 30:.1f} GiB "
@@ -574,7 +576,8 @@ class ContentNetwork(nn.Module):
 
     Sec. 3.2 scales the feature maps by 1/12.75, which makes the content loss 0.006 of Eq. 5.
     weights: "imagenet" (torchvision's file, downloaded on first use), a path to a file in
-    torchvision's layout, whole network or features alone, or "random" (seeded, for tests). Raises InputError where the weights cannot be had.
+    torchvision's layout, whole network or features alone, or "random" (seeded, for tests). Raises
+    InputError where the weights cannot be had.
     """
 
     def __init__(self, features, weights, url, divisor):
@@ -636,7 +639,7 @@ def _imagenet_state(features, weights, url):
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
         except Exception as error:  # no network, a cut-off download, another hash, a broken file in the cache
-            raise InputError(f"cannot download {url} ({_one_line(error)}); fetch it elsewhere and name it with "
+            raise InputError(f"cannot download {url} ({one_line(error)}); fetch it elsewhere and name it with "
                              "--vgg-weights PATH, or try things out with --vgg-weights random") from None
     else:
         state = load_checkpoint(weights)
@@ -776,9 +779,11 @@ def measure(sr, hr, shave=4, luma=True, lpips=None):
 
 def aggregate(scores):
     """A list of what measure gave -> {metric: {"mean", "std"} over the pictures, or None where it was not measured}."""
-    columns = {metric: [score[metric] for score in scores] for metric in scores[0]}
-    return {metric: None if None in values else {"mean": float(np.mean(values)), "std": float(np.std(values)) if np.isfinite(values).all() else math.nan}
-            for metric, values in columns.items()}
+    def summary(values):
+        if None in values:
+            return None
+        return {"mean": float(np.mean(values)), "std": float(np.std(values)) if np.isfinite(values).all() else math.nan}
+    return {metric: summary([score[metric] for score in scores]) for metric in scores[0]}
 
 
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -796,7 +801,7 @@ def load_lpips(device="cpu"):
             warnings.simplefilter("ignore")  # of torchvision, for how lpips asks it for AlexNet
             network = lpips.LPIPS(net="alex", verbose=False).to(device)
     except Exception as error:  # no package, no network, a cut-off download, another hash, a broken file in the cache
-        raise InputError(f"LPIPS is not available ({_one_line(error)}); fetch {ALEXNET} elsewhere and put it into "
+        raise InputError(f"LPIPS is not available ({one_line(error)}); fetch {ALEXNET} elsewhere and put it into "
                          f"{torch.hub.get_dir()}/checkpoints, or leave LPIPS out") from None
 
     @torch.inference_mode()
@@ -949,7 +954,7 @@ def load_generator(path, device="cpu"):
         generator = Generator(**state["arch"])
         generator.load_state_dict(state["generator"])
     except Exception as error:  # TypeError: other arguments; RuntimeError: other weights; AttributeError: no dictionary
-        raise InputError(f"{path}: holds a generator of another architecture ({_one_line(error)})") from None
+        raise InputError(f"{path}: holds a generator of another architecture ({one_line(error)})") from None
     return generator.to(device, memory_format=torch.channels_last).eval()
 
 

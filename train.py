@@ -39,7 +39,8 @@ from srgan import InputError
 HERE = Path(__file__).parent
 LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake")  # d_: D's mean logit or score
 METRICS = ("psnr", "ssim", "lpips")
-COLUMNS = ("epoch", "update", "lr", *LOSSES, *(column for name in METRICS for column in (name, name + "_std")), "updates_per_s", "memory_mb")
+COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
+           "updates_per_s", "memory_mb")
 
 # What each setting of config.json may be, by its full name or, in the groups of both stages, by its last part.
 positive = (lambda v: v > 0, "above 0")
@@ -56,24 +57,28 @@ def are_epochs(values):
 
 
 RULES = {
-    "scale": one_of(*srgan.SCALES), "channels": (lambda v: v >= 3, "3 or above"), "n_blocks": positive, "block": one_of(*srgan.BLOCKS),
+    "scale": one_of(*srgan.SCALES), "channels": (lambda v: v >= 3, "3 or above"), "n_blocks": positive,
+    "block": one_of(*srgan.BLOCKS),
     "discriminator.channels": (lambda v: len(v) > 0 and all(type(n) is int and n > 0 for n in v), "a list of whole numbers above 0"),
     "first_kernel": (lambda v: v % 2 == 1 and v > 0, "an odd number"), "norm": one_of(*srgan.NORMS), "pool": not_negative,
-    "content_network": (lambda v: v.partition(":")[0] in srgan.CONTENT_NETWORKS, "vgg19 or squeezenet1_1, with a layer after a colon: vgg19:5_4"),
+    "content_network": (lambda v: v.partition(":")[0] in srgan.CONTENT_NETWORKS,
+                        "vgg19 or squeezenet1_1, with a layer after a colon: vgg19:5_4"),
     "content_weights": (lambda v: v != "", "imagenet, random or a path"), "content_divisor": positive,
     "patch_size": positive, "batch_size": positive,
-    "kernel": one_of("bicubic", "gaussian"), "augment": one_of(*srgan.SYMMETRIES), "crop_margin": (lambda v: 0 <= v < 0.5, "from 0 to below 0.5"),
+    "kernel": one_of("bicubic", "gaussian"), "augment": one_of(*srgan.SYMMETRIES),
+    "crop_margin": (lambda v: 0 <= v < 0.5, "from 0 to below 0.5"),
     "store": one_of("auto", "always", "never"),
     "split": (lambda v: len(v) == 3 and all(type(n) is int and n >= 0 for n in v) and sum(v) == 100 and v[0] * v[1] > 0,
               "percentages for training, validation and test that make 100, the first two above 0"),
-    "validate_on": not_negative, "recoveries": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
+    "validate_on": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
+    "recoveries": not_negative,
     "steps_per_epoch": positive, "ema": fraction, "lpips": one_of(True, False), "precision": one_of("auto", "bf16", "fp32"),
     "compile": one_of("auto", "yes", "no"), "seed": (lambda v: 0 <= v < 2 ** 63, "from 0 to below 2^63"),
     "epochs": positive, "lr": positive, "warmup": not_negative, "schedule": one_of("constant", "step", "cosine"),
     "betas": (lambda v: len(v) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "milestones": (are_epochs, "epochs in ascending order"),
-    "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and g[1] > 0 for g in v) and are_epochs([g[0] for g in v]),
-             "a list of [first epoch, patch size] in ascending order"),
+    "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and g[1] > 0 for g in v)
+             and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size] in ascending order"),
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
     "pixel_weight": not_negative, "content_weight": not_negative, "adversarial_weight": positive,
     "gradient_penalty": not_negative, "discriminator_steps": positive, "freeze_batch_norm": one_of(True, False),
@@ -205,7 +210,8 @@ def start_generator(args, arch):
         return None, None
     generator = srgan.load_generator(candidates[0])
     if generator.arch != arch:
-        raise InputError(f"{candidates[0]} holds a generator of {generator.arch}, but the configuration asks for {arch}; name another with --init")
+        raise InputError(f"{candidates[0]} holds a generator of {generator.arch}, but the configuration asks for {arch}; "
+                         "name another with --init")
     return candidates[0], generator
 
 
@@ -317,7 +323,8 @@ def main():
     if args.resume:
         state = srgan.load_checkpoint(latest if args.resume is True else args.resume, device)
         if "stage" not in state or "training" not in state:
-            raise InputError("only a checkpoint_latest.pth can be resumed: the others hold the generator alone; start from one with --init")
+            raise InputError("only a checkpoint_latest.pth can be resumed: the others hold the generator alone; "
+                             "start from one with --init")
         if state["stage"] != args.stage:
             raise InputError(f"the checkpoint is of stage {state['stage']}, not {args.stage}")
     elif latest.exists():
@@ -363,7 +370,8 @@ def main():
     phi = None
     if stage["content_weight"]:
         name, _, layer = config["content_network"].partition(":")
-        phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"], divisor=config["content_divisor"])
+        phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"],
+                                           divisor=config["content_divisor"])
         phi = phi.to(device, memory_format=torch.channels_last)
     with torch.no_grad():  # what does not fit together shows now
         probe = torch.zeros(min(batch_size, 2), 3, config["patch_size"], config["patch_size"], device=device)
@@ -386,7 +394,8 @@ def main():
                 optimizers[name].load_state_dict(state["training"][name + "_optimizer"])
                 optimizers[name].param_groups[0]["betas"] = tuple(stage["betas"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"the checkpoint's networks are not those of the configuration ({' '.join(str(error).split())[:160]})") from None
+            raise InputError("the checkpoint's networks are not those of the configuration "
+                             f"({srgan.one_line(error)})") from None
     if state:
         restore(state)
         recovered = 0 if args.lr else recovered  # a rate that is named is meant
@@ -503,7 +512,7 @@ def main():
             try:
                 tracker = wandb.init(project="srgan", name=out.name, dir=out, config=config)
             except wandb.errors.Error as error:
-                raise InputError(f"--wandb: {' '.join(str(error).split())}") from None
+                raise InputError(f"--wandb: {srgan.one_line(error)}") from None
         rows = []
         if resumed and (out / "metrics.csv").exists():
             with open(out / "metrics.csv", newline="") as file:  # what was logged after the checkpoint is done again
@@ -517,7 +526,8 @@ def main():
             save_latest()
 
     # The loop. Reading a tensor waits for the GPU, so the losses are looked at once a second, and at the end of an epoch.
-    bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
     began, epoch_began, epoch_first, looked, stop = time.monotonic() - seconds, time.monotonic(), step, 0.0, False
     stream = batches()
     while step < total and not stop:
@@ -529,7 +539,8 @@ def main():
         srgan.ema_(average, generator, min(config["ema"], (1 + step) / (10 + step)))
         bar.update()
         epoch, rest = divmod(step, steps_per_epoch)
-        if rest == 0 or step == total or (step % 10 == 0 if world > 1 else stopped or device.type == "cpu" or time.monotonic() - looked > 1):
+        alone = world == 1 and (stopped or device.type == "cpu" or time.monotonic() - looked > 1)
+        if rest == 0 or alone or world > 1 and step % 10 == 0:
             looked = time.monotonic()
             bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
             flags = torch.stack([(~sums.isfinite()).any(), sums.new_tensor(bool(stopped))]).float()
@@ -540,17 +551,19 @@ def main():
                 names = [name for name, value in zip(LOSSES, sums.tolist()) if not math.isfinite(value)]
                 text = f"{', '.join(names) or 'a loss of another process'} not finite at update {step}"
                 if recovered == config["recoveries"]:
-                    raise InputError(f"{text}, after {recovered} recoveries; try another --lr, or --precision fp32, from the last good state with --resume")
+                    raise InputError(f"{text}, after {recovered} recoveries; go on from the last good state with --resume and "
+                                     "another --lr, or --precision fp32")
                 if stop:
                     raise InputError(f"{text}; the last good state is kept, go on from it with --resume and a lower --lr")
                 again = recovered + 1
                 restore(srgan.load_checkpoint(latest, device))
                 recovered, stream = again, batches()
-                bar.write(f"{text}; going on from update {step} with the learning rate halved ({recovered} of {config['recoveries']})")
-                bar.reset(total)
-                bar.update(step)
                 epoch_began, epoch_first = time.monotonic(), step
                 if rank == 0:
+                    bar.write(f"{text}; going on from update {step} with the learning rate halved "
+                              f"({recovered} of {config['recoveries']})")
+                    bar.reset(total)
+                    bar.update(step)
                     rows = [row for row in rows if int(row["update"]) <= step]
                 continue
         if rest == 0:
@@ -590,7 +603,8 @@ def main():
                     path.unlink()
             summary = {"stage": args.stage, "epoch": epoch, "update": step, "best": best, "bicubic": baseline, "seconds": seconds,
                        "generator_parameters": sum(p.numel() for p in generator.parameters()), "device": str(device),
-                       "precision": precision, "memory_mb": row["memory_mb"], "torch": torch.__version__, "data": args.data, "val": args.val}
+                       "precision": precision, "memory_mb": row["memory_mb"], "torch": torch.__version__, "data": args.data,
+                       "val": args.val}
             srgan.replacing_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
             save_latest()
         if rest == 0:

@@ -22,7 +22,8 @@ import srgan
 from srgan import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF",
+           ".bmp": "BMP", ".ppm": "PPM"}
 SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 OPAQUE = ("JPEG", "BMP", "PPM")  # formats without transparency
 

@@ -106,3 +106,12 @@ def test_pairs_are_found_by_stem_and_usual_endings(tmp_path):
         srgan.find_pairs(tmp_path, tmp_path / "elsewhere")
     with pytest.raises(srgan.InputError, match="expected 4x4"):
         srgan.open_pair(tmp_path / "HR" / "a.png", tmp_path / "LR_bicubic_x4" / "a.png", scale=2)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_scan_agrees_with_the_decoder_in_every_format(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(16, 40)).save(tmp_path / name, exif=exif)
+    assert srgan._read_size(tmp_path / name) == srgan.open_rgb(tmp_path / name).shape[:2]
