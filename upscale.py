@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--outscale", type=float, metavar="S", help="final size, relative to the input")
     parser.add_argument("--tile", type=int, metavar="N", help="side of the parts computed at once, in input pixels; 0: no tiles (default: 256)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="bf16: faster, within about a grey level")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="bf16: faster, grey levels change a little")
     args = parser.parse_args()
     if args.ckpt and (args.model or args.blend is not None):
         parser.error("--ckpt takes the place of --model and --blend")
