@@ -15,7 +15,6 @@ pictures at the edges are uint8 [h, w, 3]. `scale` is 2, 4 (the paper's) or 8.
 import copy
 import hashlib
 import io
-import json
 import math
 import os
 import shutil

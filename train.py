@@ -522,7 +522,7 @@ def main():
             print(f"starting from {start_path}")
         print(f"{args.stage} on {device}, {precision}: {len(data)} pictures, {len(pairs)} to validate on "
               f"(bicubic {describe(baseline)}), updates {step} to {total}, into {out}", flush=True)
-        if step == 0:
+        if args.resume is not True:  # there is always a state to go back to
             save_latest()
 
     # The loop. Reading a tensor waits for the GPU, so the losses are looked at once a second, and at the end of an epoch.
@@ -543,7 +543,7 @@ def main():
         if rest == 0 or alone or world > 1 and step % 10 == 0:
             looked = time.monotonic()
             bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
-            flags = torch.stack([(~sums.isfinite()).any(), sums.new_tensor(bool(stopped))]).float()
+            flags = torch.stack([(~sums.isfinite()).any().float(), sums.new_tensor(float(len(stopped)))])
             if world > 1:  # what one process sees, all act on, after the same update
                 dist.all_reduce(flags)
             broken, stop = (flags > 0).tolist()
