@@ -93,12 +93,7 @@ def main():
         pairs = [pair for pair in pairs if pair[1] in chosen]
         if not pairs:
             raise InputError(f"{args.data}: the {args.split} part is empty")
-    lpips, failed = None, 0
-    if not args.no_lpips:
-        try:
-            lpips = srgan.load_lpips(device)
-        except InputError as error:
-            print(f"{error}; going on without it", file=sys.stderr)
+    lpips, failed = None if args.no_lpips else srgan.try_lpips(device), 0
 
     models = ["bicubic", *generators]
     folders = ["comparison", "bicubic"]

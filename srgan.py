@@ -812,6 +812,14 @@ def load_lpips(device="cpu"):
     return distance
 
 
+def try_lpips(device="cpu"):
+    """What load_lpips gives, or None, with a line on stderr that says why."""
+    try:
+        return load_lpips(device)
+    except InputError as error:
+        print(f"{error}; going on without it", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------
 # 6. Upscaling. A pixel of SR depends on LR pixels no further away than the generator's radius, so
 #    tiles that overlap by it, cut back to their own part, are the untiled result.
@@ -871,7 +879,7 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # torch raises exceptions of several types for devices that are unknown or absent
-        raise InputError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); take cpu, cuda or cuda:1") from None
+        raise InputError(f"device {name!r} cannot be used ({one_line(error)}); take cpu, cuda or cuda:1") from None
     return device
 
 
@@ -928,7 +936,7 @@ def save_checkpoint(path, generator, **more):
         try:
             torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
         except RuntimeError as error:  # what torch.save makes of a full disk
-            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from None
+            raise InputError(f"{path}: cannot be written ({one_line(error)}); is the disk full?") from None
 
 
 def load_checkpoint(path, device="cpu"):

@@ -380,7 +380,7 @@ def main():
                 network(probe)
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"patches of {config['patch_size']}, {batch_size} at a time, are too small for "
-                                 f"{type(network).__name__} ({str(error).splitlines()[0]})") from None
+                                 f"{type(network).__name__} ({srgan.one_line(error)})") from None
     sums, best, seconds, recovered = torch.zeros(len(LOSSES), device=device), {}, 0.0, 0
 
     def restore(state):
@@ -497,12 +497,7 @@ def main():
         signal.signal(number, note_signal)
 
     if rank == 0:
-        lpips = tracker = None
-        if config["lpips"]:
-            try:
-                lpips = srgan.load_lpips(device)
-            except InputError as error:
-                print(f"{error}; going on without it", file=sys.stderr)
+        tracker, lpips = None, srgan.try_lpips(device) if config["lpips"] else None
         if not optional("matplotlib"):
             print("matplotlib is not installed; going on without curves.png", file=sys.stderr)
         (out / "samples").mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def load_model(args, device):
 
 
 def plan(inputs, output):
-    """[(input path, output path)]; makes the output folder. Raises InputError where the paths cannot be meant."""
+    """[(input path, output path)]. Raises InputError where the paths cannot be meant."""
     target = Path(output)
     if len(inputs) == 1 and not Path(inputs[0]).is_dir() and not output.endswith(("/", os.sep)):
         if target.is_dir():

@@ -256,7 +256,7 @@ def test_two_processes_train_one_network(script, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     state = srgan.load_checkpoint(tmp_path / "runs/gan/checkpoint_latest.pth")
     assert state["step"] == 3 and done.stdout.count("starting from") == 1
-    alone = run(script, photos, "gan", "--init", tmp_path / "start.pth", "--epochs", "1", "--steps-per-epoch", "3", "--out", "alone", "--device", "cpu")
+    run(script, photos, "gan", "--init", tmp_path / "start.pth", "--epochs", "1", "--steps-per-epoch", "3", "--out", "alone", "--device", "cpu")
     alone = srgan.load_checkpoint(tmp_path / "alone/checkpoint_latest.pth")
     for name in ("generator", "discriminator"):  # rank 0 drew the same patches; the gradients of the other are in these weights
         assert not same(state["training"][name], alone["training"][name])
