@@ -78,7 +78,7 @@ def main():
     device = srgan.pick_device(args.device)
     state = srgan.load_checkpoint(args.ckpt[0]) if args.ckpt else {}
     kernel = args.kernel or state.get("config", {}).get("kernel", "bicubic")
-    generators = {path: srgan.fold_batch_norm(srgan.load_generator(path, device)) for path in args.ckpt}
+    generators = {path: srgan.optimize_for_inference(srgan.load_generator(path, device)) for path in args.ckpt}
     scales = {g.arch["scale"] for g in generators.values()} | ({args.scale} if args.scale else set())
     if len(scales) > 1:
         raise InputError(f"one table is of one scale, not of {sorted(scales)}")

@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 SCALES = (2, 4, 8)
+Image.MAX_IMAGE_PIXELS = None  # open_within_limit names the size
+MAX_MEGAPIXELS = 179  # of a picture: a file of a few bytes may claim to be enormous; Pillow's limit, too
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
@@ -42,7 +45,7 @@ class InputError(ValueError):
 
 def one_line(error):
     """An exception's text, to stand within a message."""
-    return " ".join(str(error).split())[:160]
+    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -63,6 +66,16 @@ def find_images(path):
     return found
 
 
+def open_within_limit(path):
+    """Image.open, reading the header alone. Raises InputError for more than MAX_MEGAPIXELS."""
+    file = Image.open(path)
+    if file.width * file.height > MAX_MEGAPIXELS * 1e6:
+        file.close()
+        raise InputError(f"{file.width}x{file.height} pixels are more than {MAX_MEGAPIXELS:g} megapixels; raise the limit of "
+                         "upscale.py with --max-megapixels if the picture is what it claims to be")
+    return file
+
+
 def open_image(path):
     """Decode a picture to a PIL.Image of 8 bits, upright, of mode "L", "LA", "RGB" or "RGBA".
 
@@ -72,7 +85,7 @@ def open_image(path):
     Raises InputError for whatever cannot be read.
     """
     try:
-        with Image.open(path) as file:
+        with open_within_limit(path) as file:
             image = ImageOps.exif_transpose(file)
             info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
             if image.mode == "CMYK":
@@ -363,7 +376,7 @@ class _Decoder(torch.utils.data.Dataset):
 def _read_size(path):
     """(height, width) of a picture as open_image would give it, from the file's header; (0, 0) where it is unreadable."""
     try:
-        with Image.open(path) as image:
+        with open_within_limit(path) as image:
             exif = Image.Image.getexif(image)  # PNG's own would decode the whole picture
             turned = exif.get(0x0112, 1) >= 5 and image.format != "TIFF"  # 5 to 8 swap the sides; Pillow did so for TIFF
             return image.size if turned else image.size[::-1]
@@ -442,13 +455,55 @@ def conv(n_in, n_out, k, s=1, bias=True):
     return nn.Conv2d(n_in, n_out, k, s, k // 2, bias=bias)
 
 
+class PReLU(nn.PReLU):
+    """PReLU with one slope: max(0, x) + a min(0, x). On the CPU its gradient takes half of the time that torch's takes."""
+
+    def forward(self, x):
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return _PReLUFunction.apply(x, self.weight)
+        return super().forward(x)
+
+
+class _PReLUFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x, a)
+        return F.leaky_relu(x, a.item())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, a = ctx.saved_tensors
+        slope = (gradient * x.clamp(max=0)).sum(dtype=a.dtype).view_as(a)
+        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
+
+
+def conv_of_shuffled(x, layer, r=2):
+    """layer(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, r h, r w].
+
+    An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
+    pixels around it. So the k x k weights on c feature maps, moved by the position and unshuffled,
+    are weights on c r^2 maps: 9x9 with 64 -> 3 maps becomes 5x5 with 256 -> 12, which fills the
+    vector units, and 3 large maps are shuffled instead of 64.
+    """
+    margin = layer.padding[0]
+    reach = math.ceil(margin / r)              # in LR pixels
+    weight = []
+    for y in range(r):
+        for x0 in range(r):
+            first = [r * reach - margin + position for position in (x0, y)]
+            left, top, right, bottom = *first, *(r * (2 * reach + 1) - layer.kernel_size[0] - f for f in first)
+            weight.append(F.pixel_unshuffle(F.pad(layer.weight, (left, right, top, bottom)), r))  # [3, 256, 5, 5]
+    weight = torch.stack(weight, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)   # [12, 256, 5, 5]
+    return F.pixel_shuffle(F.conv2d(x, weight, layer.bias.repeat_interleave(r * r), padding=reach), r)
+
+
 class ResidualBlock(nn.Module):
     """k3n64s1, BN, PReLU, k3n64s1, BN, elementwise sum. No bias before BN, which would subtract it again."""
     radius, norm = 2, True  # pixels that a block sees to each side
 
     def __init__(self, n):
         super().__init__()
-        self.body = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n), nn.PReLU(),
+        self.body = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n), PReLU(),
                                   conv(n, n, 3, bias=False), nn.BatchNorm2d(n))
 
     def forward(self, x):
@@ -497,11 +552,11 @@ class Generator(nn.Module):
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "block": block}  # saved with the weights
         Block = BLOCKS[block]
         n = channels
-        self.head = nn.Sequential(conv(3, n, 9), nn.PReLU())                                        # k9n64s1
+        self.head = nn.Sequential(conv(3, n, 9), PReLU())                                           # k9n64s1
         self.blocks = nn.Sequential(*[Block(n) for _ in range(n_blocks)])                           # B residual blocks
         self.fuse = nn.Sequential(conv(n, n, 3, bias=not Block.norm), *[nn.BatchNorm2d(n)] * Block.norm)  # k3n64s1, BN
         self.upsample = nn.Sequential(*[layer for _ in range(int(math.log2(scale))) for layer in (
-            conv(n, 4 * n, 3), nn.PixelShuffle(2), nn.PReLU())])                                    # k3n256s1, x2
+            conv(n, 4 * n, 3), nn.PixelShuffle(2), PReLU())])                                       # k3n256s1, x2
         self.tail = conv(n, 3, 9)                                                                   # k9n3s1
         with torch.no_grad():  # G starts as nearest-neighbour upsampling: three channels carry RGB from end to end
             nn.init.dirac_(self.head[0].weight[:3])
@@ -516,17 +571,34 @@ class Generator(nn.Module):
             self.tail.bias.fill_(-1.25)
 
     def forward(self, lr):                     # [N, 3, h, w]
+        return self.enlarge(self.features(lr))
+
+    def features(self, lr):                    # [N, 3, h, w]
         x = self.head(lr)                      # [N, 64, h, w]
-        x = x + self.fuse(self.blocks(x))      # [N, 64, h, w], the long skip connection
+        return x + self.fuse(self.blocks(x))   # [N, 64, h, w], the long skip connection
+
+    def enlarge_as_drawn(self, x):             # [N, 64, h, w]
         x = self.tail(self.upsample(x))        # [N, 3, 4h, 4w]
         return torch.tanh(x.float())           # [-1, 1]
+
+    def enlarge(self, x):
+        """enlarge_as_drawn, faster: PReLU acts on each element alone, so the last shuffle may come after it and the tail."""
+        *layers, _, activation = self.upsample
+        for layer in layers:
+            x = layer(x)                       # [N, 256, 2h, 2w]
+        x = conv_of_shuffled(activation(x), self.tail)
+        return torch.tanh(x.float())
 
     @property
     def radius(self):
         """How many LR pixels away an SR pixel still sees: half of the receptive field, rounded up."""
-        steps = 4 + sum(block.radius for block in self.blocks) + 1                  # 9x9, the blocks, 3x3
-        steps += sum(0.5 ** i for i in range(int(math.log2(self.arch["scale"]))))   # 3x3 at 1, 1/2, 1/4 LR pixel
-        return math.ceil(steps + 4 / self.arch["scale"])                            # 9x9 at the scale of SR
+        return 4 + sum(block.radius for block in self.blocks) + 1 + self.enlarge_radius  # 9x9, the blocks, 3x3
+
+    @property
+    def enlarge_radius(self):
+        """How many LR pixels away `enlarge` sees."""
+        steps = sum(0.5 ** i for i in range(int(math.log2(self.arch["scale"]))))  # 3x3 at 1, 1/2, 1/4 LR pixel
+        return math.ceil(steps + 4 / self.arch["scale"])                          # 9x9 at the scale of SR
 
 
 @torch.no_grad()
@@ -553,9 +625,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512), first_kernel=3, norm="batch", pool=0):
         super().__init__()
-        layers = [conv(3, channels[0], first_kernel), nn.LeakyReLU(0.2)]        # k3n64s1
+        layers = [conv(3, channels[0], first_kernel), nn.LeakyReLU(0.2, inplace=True)]  # k3n64s1
         for i, (n_in, n) in enumerate(zip(channels, channels[1:]), 1):          # n64s2 n128s1 n128s2 ... n512s2
-            layers += [conv(n_in, n, 3, s=1 + i % 2, bias=False), NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
+            layers += [conv(n_in, n, 3, s=1 + i % 2, bias=False), NORMS[norm](n, affine=True), nn.LeakyReLU(0.2, inplace=True)]
         self.features = nn.Sequential(*layers, *[nn.AdaptiveAvgPool2d(pool)] * bool(pool))
         side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))        # 96 -> 6
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024), nn.LeakyReLU(0.2),
@@ -608,7 +680,7 @@ class TruncatedVGG19(ContentNetwork):
         layers, n_in = [], 3
         for name, (i, j) in VGG19_LAYERS.items():
             n = min(64 * 2 ** (i - 1), 512)
-            layers += [nn.MaxPool2d(2)] * (j == 1 and i > 1) + [conv(n_in, n, 3), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * (j == 1 and i > 1) + [conv(n_in, n, 3), nn.ReLU(inplace=True)]
             n_in = n
             if name == layer:
                 break
@@ -822,52 +894,109 @@ def try_lpips(device="cpu"):
 
 # ---------------------------------------------------------------------------------------------
 # 6. Upscaling. A pixel of SR depends on LR pixels no further away than the generator's radius, so
-#    tiles that overlap by it, cut back to their own part, are the untiled result.
+#    tiles that overlap by it, cut back to their own part, are the untiled result. The feature maps
+#    of the residual blocks see far and take little memory, the enlarged ones see 3 LR pixels and
+#    take much: so the former come in large tiles, and each of these is enlarged in small parts.
 # ---------------------------------------------------------------------------------------------
 
-def fold_batch_norm(generator):
-    """A copy of a generator for inference whose batch norms are part of the convolutions before them: the same function."""
-    generator = copy.deepcopy(generator).eval()
-    for body in [block.body for block in generator.blocks] + [generator.fuse]:
+TILE = 1448  # LR pixels, 2 megapixels: with the overlap, 2 GB of float32 feature maps
+PART = 128   # LR pixels of a tile that are enlarged at once
+
+
+def optimize_for_inference(generator):
+    """A copy of a generator, the same function: batch norms become part of the convolutions before them, PReLU works in place."""
+    generator = copy.deepcopy(generator).eval().requires_grad_(False)
+    for body in generator.head, generator.fuse, generator.upsample, *[block.body for block in generator.blocks]:
         for i, layer in enumerate(body):
             if isinstance(layer, nn.BatchNorm2d):
                 body[i - 1], body[i] = nn.utils.fuse_conv_bn_eval(body[i - 1], layer), nn.Identity()
+            elif isinstance(layer, nn.PReLU):
+                body[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
     return generator
+
+
+def _tiles(top, bottom, left, right, side):
+    """The rectangle in equal parts of at most side x side: [(top, bottom, left, right)]."""
+    rows, columns = (np.linspace(a, b, math.ceil((b - a) / side) + 1).astype(int) for a, b in ((top, bottom), (left, right)))
+    return [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
+
+
+def _largest_tile(generator, device, precision):
+    """Side of the tiles that half of the GPU's free memory is enough for, at most TILE, which is what other devices get."""
+    if device.type != "cuda":
+        return TILE
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    per_pixel = 5 * generator.arch["channels"] * (2 if precision == "bf16" else 4) + 24 * generator.arch["scale"] ** 2
+    return max(64, min(TILE, int((free / 2 / per_pixel) ** 0.5) - 2 * generator.radius))
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so; torch's for the CPU is a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @torch.inference_mode()
 def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progress=False):
-    """Super-resolve a picture: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
+    """Super-resolve pictures: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3], or several of one size, [N, h, w, 3].
 
-    tile: side in LR pixels of the parts that are computed one at a time, 256 by default, 0 for the
-    whole picture at once; it bounds the memory and does not change the result. ensemble: mean over
-    the eight flips and rotations. precision: see autocast. progress: a bar over the tiles.
+    tile: side in LR pixels of the parts that are computed one at a time, 0 for the whole picture at
+    once; by default what the device's memory allows. It bounds the memory and does not change the
+    result. Where the memory is too small all the same, tiles are halved. ensemble: mean over the eight
+    flips and rotations. precision: see autocast. progress: a bar over the pixels.
     """
-    (h, w), scale, radius = image.shape[:2], generator.arch["scale"], generator.radius
+    *n, h, w, _ = image.shape
+    scale, radius = generator.arch["scale"], generator.radius
     device = next(generator.parameters()).device
-    lr = to_tensor(np.ascontiguousarray(image))[None]  # [1, 3, h, w]
-    out = np.empty((h * scale, w * scale, 3), np.uint8)
-    tile = 256 if tile is None else tile or max(h, w)
-    rows, columns = (np.linspace(0, n, math.ceil(n / tile) + 1).astype(int) for n in (h, w))
-    parts = [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
-    for t, b, l, r in tqdm(parts, unit="tile", leave=False, disable=not progress or len(parts) == 1):
+    out = np.empty((*n, h * scale, w * scale, 3), np.uint8)
+    tile = _largest_tile(generator, device, precision) if tile is None else tile or max(h, w)
+
+    def compute(t, b, l, r):
         t0, l0 = max(t - radius, 0), max(l - radius, 0)
-        x = lr[:, :, t0:b + radius, l0:r + radius].to(device)
+        lr = to_tensor(np.ascontiguousarray(image[..., t0:b + radius, l0:r + radius, :]))
+        lr = lr.view(-1, *lr.shape[-3:]).to(device, memory_format=torch.channels_last)
         with autocast(device, precision):
-            sr = _ensemble(generator, x) if ensemble else generator(x)
-        sr = sr[0, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
-        out[t * scale:b * scale, l * scale:r * scale] = to_pixels(sr).cpu().numpy()
+            sr = (_ensemble if ensemble else _enlarge_in_parts)(generator, lr)
+        sr = sr[..., (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+        out[..., t * scale:b * scale, l * scale:r * scale, :] = to_pixels(sr).cpu().numpy().reshape(
+            *n, (b - t) * scale, (r - l) * scale, 3)
+
+    tiles = _tiles(0, h, 0, w, tile)
+    with tqdm(total=h * w, unit="px", unit_scale=True, leave=False, disable=not progress or len(tiles) == 1) as bar:
+        while tiles:
+            t, b, l, r = tiles[0]
+            try:
+                compute(t, b, l, r)
+            except (RuntimeError, MemoryError) as error:
+                side = max(b - t, r - l) // 2
+                if not is_out_of_memory(error) or side < 16:
+                    raise
+            else:
+                side = None
+                bar.update((b - t) * (r - l))
+            tiles = [part for whole in tiles for part in _tiles(*whole, side)] if side else tiles[1:]
     return out
 
 
-def _ensemble(generator, x):
-    """Mean of G over the eight symmetries of the square, each undone after G: [1, 3, h, w] -> [1, 3, scale h, scale w]."""
+def _enlarge_in_parts(generator, lr):
+    """G(lr), the feature maps at once, the enlargement in parts: [N, 3, h, w] -> [N, 3, scale h, scale w]."""
+    (n, _, h, w), scale, radius = lr.shape, generator.arch["scale"], generator.enlarge_radius
+    features, sr = generator.features(lr), lr.new_empty(n, 3, h * scale, w * scale)
+    for t, b, l, r in _tiles(0, h, 0, w, PART):
+        t0, l0 = max(t - radius, 0), max(l - radius, 0)
+        part = generator.enlarge(features[:, :, t0:b + radius, l0:r + radius])
+        sr[:, :, t * scale:b * scale, l * scale:r * scale] = part[
+            :, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+    return sr
+
+
+def _ensemble(generator, lr):
+    """Mean of G over the eight symmetries of the square, each undone after G."""
     total = 0
     for turns in range(4):
         for mirrored in (False, True):
-            y = torch.rot90(x.flip(3) if mirrored else x, turns, (2, 3))
-            y = torch.rot90(generator(y), -turns, (2, 3))
-            total = total + (y.flip(3) if mirrored else y)
+            sr = torch.rot90(lr.flip(3) if mirrored else lr, turns, (2, 3))
+            sr = torch.rot90(_enlarge_in_parts(generator, sr), -turns, (2, 3))
+            total = total + (sr.flip(3) if mirrored else sr)
     return total / 8
 
 
@@ -903,21 +1032,22 @@ def autocast(device, precision):
 #    exponential moving average, which is the result), "arch" (its arguments), and what train.py adds.
 # ---------------------------------------------------------------------------------------------
 
+def float_state(network):
+    """Parameters and batch-norm statistics alike, as a list of tensors."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
 @torch.no_grad()
-def ema_(average, network, decay):
-    """average <- decay average + (1 - decay) network, in place, over parameters and batch-norm statistics alike."""
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values()))
-    torch._foreach_lerp_(*map(list, zip(*[(a, b) for a, b in pairs if a.is_floating_point()])), 1 - decay)
-    for a, b in pairs:
-        if not a.is_floating_point():  # batch norm's count of batches
-            a.copy_(b)
+def ema_(average, current, decay):
+    """average <- decay average + (1 - decay) current, in place; both as float_state gives them."""
+    torch._foreach_lerp_(average, current, 1 - decay)
 
 
 @contextmanager
 def replacing(path):
     """A temporary path beside `path` to write to; it takes the place of `path` on success and vanishes on failure."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}{path.suffix}")  # however long the name
     try:
         yield temporary
         os.replace(temporary, path)
@@ -972,8 +1102,8 @@ def run(main):
         status = main()
     except (InputError, OSError) as error:
         status = f"{error}"
-    except (MemoryError, RuntimeError) as error:  # torch's for the CPU is a plain RuntimeError
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         status = "out of memory; take a smaller --tile or --batch-size"
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import srgan
 
 def notation(layers):
     """Convolutions in the notation of Fig. 4 and the other layers by name."""
-    names = {nn.BatchNorm2d: "BN", nn.PReLU: "PReLU", nn.LeakyReLU: "LReLU", nn.PixelShuffle: "PixelShuffle"}
+    names = {nn.BatchNorm2d: "BN", srgan.PReLU: "PReLU", nn.LeakyReLU: "LReLU", nn.PixelShuffle: "PixelShuffle"}
     return [f"k{m.kernel_size[0]}n{m.out_channels}s{m.stride[0]}" if isinstance(m, nn.Conv2d)
             else f"dense {m.out_features}" if isinstance(m, nn.Linear) else names.get(type(m))
             for m in layers if isinstance(m, (nn.Conv2d, nn.Linear, *names))]
@@ -35,7 +35,45 @@ def test_the_generator_sums_where_figure_4_sums():
     one = first + g.blocks[0].body(first)
     two = one + g.blocks[1].body(one)
     expected = torch.tanh(g.tail(g.upsample(first + g.fuse(two))))
-    assert torch.allclose(g(x), expected, atol=1e-6)
+    assert torch.allclose(g(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", srgan.SCALES)
+def test_the_faster_enlargement_is_the_one_drawn_in_value_and_gradient(scale):
+    torch.manual_seed(scale)
+    g = srgan.Generator(scale, channels=8, n_blocks=1)
+    for p in g.parameters():
+        nn.init.normal_(p, std=0.2)
+    gradients = []
+    for enlarge in (g.enlarge, g.enlarge_as_drawn):
+        x = torch.randn(2, 8, 5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = enlarge(x)
+        inputs = [x, *g.upsample.parameters(), *g.tail.parameters()]
+        gradients.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)])
+    assert y.std() > 0.1
+    for fast, drawn in zip(*gradients):
+        assert torch.allclose(fast, drawn, rtol=1e-4, atol=1e-5 * drawn.abs().max().item())
+
+
+@pytest.mark.parametrize("k, r", [(3, 2), (5, 2), (7, 2), (9, 2), (5, 3), (3, 4), (1, 2)])
+def test_a_convolution_of_a_shuffled_picture_needs_no_shuffled_picture(k, r):
+    layer, x = srgan.conv(3, 2, k), torch.randn(2, 3 * r * r, 6, 5)
+    assert torch.allclose(srgan.conv_of_shuffled(x, layer, r), layer(nn.functional.pixel_shuffle(x, r)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prelu_is_torchs(dtype):
+    ours, torchs, x = srgan.PReLU(init=0.3), nn.PReLU(init=0.3), torch.randn(4, 3, 8, 8).to(dtype)
+    results = []
+    for layer in (ours, torchs):
+        layer = layer if layer is ours else layer.to(dtype)
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        results.append([y, *torch.autograd.grad((y * torch.arange(8, dtype=dtype)).sum(), (x, layer.weight))])
+    for mine, its in zip(*results):
+        assert torch.allclose(mine.float(), its.float(), **({"rtol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}))
+    with torch.no_grad(), srgan.autocast(x.device, "bf16"):
+        assert torch.equal(ours(x), torchs(x))
 
 
 def test_the_discriminator_is_that_of_figure_4():
@@ -230,7 +268,7 @@ def test_rrdb_blocks_take_the_place_of_residual_blocks():
     for layer in block.convs[:-1]:
         maps.append(nn.functional.leaky_relu(layer(torch.cat(maps, 1)), 0.2))
     assert torch.allclose(block(f), f + 0.2 * block.convs[-1](torch.cat(maps, 1)))
-    assert torch.allclose(srgan.fold_batch_norm(g)(x), g(x))
+    assert torch.allclose(srgan.optimize_for_inference(g)(x), g(x))
 
 
 def test_the_gradient_penalty_is_zero_for_slope_one_and_reaches_the_critic():

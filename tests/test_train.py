@@ -233,7 +233,7 @@ def test_compiled_networks_train_both_stages(script, photos, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(type(network).__name__) or real(network, backend="eager"))
     for stage in ("srresnet", "gan"):
         run(script, photos, stage, "--epochs", "1", "--steps-per-epoch", "2", "--set", "compile=yes", "--set", "srresnet.content_weight=1")
-    assert compiled == ["Generator", "TruncatedVGG19", "Generator", "TruncatedVGG19", "Discriminator"]
+    assert compiled == ["Generator", "TruncatedVGG19", "Generator", "Discriminator", "TruncatedVGG19"]
     srgan.load_generator(tmp_path / "runs/gan/checkpoint_latest.pth")
 
 
@@ -248,18 +248,44 @@ def test_a_resumed_run_keeps_its_networks_and_takes_new_settings(script, photos,
     assert tuple(group["betas"]) == (0.5, 0.6)
 
 
-def test_two_processes_train_one_network(script, photos, tmp_path):
+def torchrun(processes, cwd, *args):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(ROOT / "train.py"),
+            *map(str, args)], {"cwd": cwd, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def test_two_processes_train_one_network_and_one_goes_on_with_it(script, photos, tmp_path):
     srgan.save_checkpoint(tmp_path / "start.pth", srgan.Generator(channels=8, n_blocks=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py", "--data", photos,
-               "--val", photos, "--stage", "gan", *TINY, "--init", tmp_path / "start.pth", "--epochs", "1", "--steps-per-epoch", "3", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    args = ["--data", photos, "--val", photos, "--stage", "gan", *TINY, "--steps-per-epoch", "3", "--device", "cpu"]
+    command, options = torchrun(2, tmp_path, *args, "--init", "start.pth", "--epochs", "1")
+    done = subprocess.run(command, capture_output=True, timeout=200, **options)
     assert done.returncode == 0, done.stderr
-    state = srgan.load_checkpoint(tmp_path / "runs/gan/checkpoint_latest.pth")
-    assert state["step"] == 3 and done.stdout.count("starting from") == 1
+    latest = tmp_path / "runs/gan/checkpoint_latest.pth"
+    state = srgan.load_checkpoint(latest)
+    assert state["step"] == 3 and done.stdout.count("starting from") == 1  # one process speaks and writes
+    assert len(list(csv.DictReader(open(latest.parent / "metrics.csv")))) == 1
     run(script, photos, "gan", "--init", tmp_path / "start.pth", "--epochs", "1", "--steps-per-epoch", "3", "--out", "alone", "--device", "cpu")
     alone = srgan.load_checkpoint(tmp_path / "alone/checkpoint_latest.pth")
     for name in ("generator", "discriminator"):  # rank 0 drew the same patches; the gradients of the other are in these weights
         assert not same(state["training"][name], alone["training"][name])
+    run(script, photos, "gan", "--epochs", "2", "--resume", "--device", "cpu")
+    assert srgan.load_checkpoint(latest)["step"] == 6
+    command, options = torchrun(2, tmp_path, *args, "--epochs", "3", "--resume")
+    done = subprocess.run(command, capture_output=True, timeout=200, **options)
+    assert done.returncode == 0 and srgan.load_checkpoint(latest)["step"] == 9, done.stderr
+
+
+def test_a_killed_process_ends_the_run_with_the_last_checkpoint_intact(photos, tmp_path):
+    command, options = torchrun(2, tmp_path, "--data", photos, "--val", photos, "--stage", "srresnet", *TINY, "--epochs", "1000",
+                                "--steps-per-epoch", "2", "--device", "cpu")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    latest, deadline = tmp_path / "runs/srresnet/checkpoint_latest.pth", time.monotonic() + 100
+    while not latest.exists() or srgan.load_checkpoint(latest)["step"] < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    assert process.wait(timeout=100) != 0
+    assert srgan.load_checkpoint(latest)["step"] >= 2 and [p.name for p in latest.parent.glob(".*")] == []
 
 
 @pytest.mark.cuda
@@ -423,15 +449,33 @@ def test_wandb_gets_what_metrics_csv_gets(script, photos, tmp_path, monkeypatch)
         time.sleep(0.2)
 
 
-def _gradients_of(rank, path):
+def _update_of(rank, path, results):
+    """Gradients of G and D for half of a batch each, as train.py's update takes them: D twice forward, then frozen for G."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    network = torch.nn.Linear(2, 3)
-    for p in network.parameters():
-        p.grad = torch.full_like(p, 1.0 + 2 * rank)
-    train.average_gradients(network, 2)
+    torch.save(_gradients(slice(2 * rank, 2 * rank + 2), lambda network: train.parallel(network, torch.device("cpu"))), results / str(rank))
     torch.distributed.destroy_process_group()
-    assert all((p.grad == 2).all() for p in network.parameters())
 
 
-def test_gradients_are_averaged_over_the_processes(tmp_path):
-    torch.multiprocessing.spawn(_gradients_of, (tmp_path / "rendezvous",), nprocs=2)
+def _gradients(part, wrap):
+    torch.manual_seed(0)
+    g, d = srgan.Generator(channels=8, n_blocks=1), srgan.Discriminator(16, (4, 4, 8, 8))
+    for network in (g, d):  # a batch norm in training sees its own process's batch alone
+        for module in network.train().modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    lr, hr = torch.rand(4, 3, 4, 4)[part], torch.rand(4, 3, 16, 16)[part]
+    G, D = wrap(g), wrap(d)
+    sr = G(lr)
+    srgan.discriminator_loss(D(sr.detach()), D(hr)).backward()
+    d.requires_grad_(False)
+    (torch.nn.functional.mse_loss(sr, hr) + srgan.adversarial_loss(d(sr))).backward()
+    return [p.grad for network in (g, d) for p in network.parameters()]
+
+
+def test_gradients_of_two_processes_are_those_of_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(_update_of, (tmp_path / "rendezvous", tmp_path), nprocs=2)
+    joined, first, second = _gradients(slice(None), lambda network: network), *(torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert len(joined) == len(first) and any(g.abs().max() > 1e-3 for g in joined)
+    for whole, one, other in zip(joined, first, second):
+        assert torch.equal(one, other) and torch.allclose(one, whole, rtol=1e-4, atol=1e-7)
