@@ -135,7 +135,7 @@ def main():
         document = {"data": args.data, "scale": scale, "protocol": protocol, "models": result}
         srgan.replacing_text(args.json, json.dumps(finite(document), indent=2) + "\n")
     if args.csv:
-        with srgan.replacing(args.csv) as temporary, open(temporary, "w", newline="") as file:
+        with srgan.replacing(args.csv) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["model", "image", "psnr", "ssim", "lpips"])
             writer.writerows([model, stem, *score.values()] for model in models for stem, score in scores[model].items())

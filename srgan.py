@@ -22,8 +22,9 @@ import signal
 import sys
 import threading
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 SCALES = (2, 4, 8)
 Image.MAX_IMAGE_PIXELS = None  # open_within_limit names the size
+warnings.filterwarnings("ignore", module="PIL")  # of odd files, which either decode or do not
 MAX_MEGAPIXELS = 179  # of a picture: a file of a few bytes may claim to be enormous; Pillow's limit, too
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -400,23 +402,35 @@ def _open_store(paths, cache, store):
     The files' key is made of the pictures' paths, sizes and times. A file takes its name when it
     is complete, so one that was cut off half-way is made again.
     """
-    key, cache = hashlib.sha256(b"1"), Path(cache)  # 1: the version of the format
-    for path in paths:
-        stat = os.stat(path)
-        key.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    def key():
+        value = hashlib.sha256(b"1")  # the version of the format
+        for path in paths:
+            stat = os.stat(path)
+            value.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return value.hexdigest()[:20]
+
+    name, cache = key(), Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{key.hexdigest()[:20]}.pixels"
-    index = file.with_suffix(".npy")  # [n, 3]: start, height, width
-    if index.exists():
-        table = np.load(index)
-    else:
+    with lock(cache / f"{name}.lock"):  # a second process waits for the first, and finds its store
+        return _find_or_make_store(paths, cache / f"{name}.pixels", store, lambda: key() == name)
+
+
+def _find_or_make_store(paths, file, store, unchanged):
+    index, cache = file.with_suffix(".npy"), file.parent
+    try:
+        table = np.load(index)  # [n, 3]: start, height, width
+    except (OSError, ValueError, EOFError):  # none, or one that was cut off
         sizes = _parallel(_read_size, paths, "reading sizes")
         area = np.array(sizes, dtype=np.int64).prod(1)
         table = np.column_stack([np.cumsum(area) - area, sizes])
+        file.unlink(missing_ok=True)
         _save_array(index, table)
     start, size = table[:, 0], table[:, 1:]
-    if not file.exists() and store != "never":
-        total, free = max(int((start + size.prod(1)).max()), 1), shutil.disk_usage(cache).free
+    total = max(int((start + size.prod(1)).max()), 1)
+    if store == "never":
+        return start, size, None
+    if not file.exists() or file.stat().st_size < total * 3:
+        free = shutil.disk_usage(cache).free
         if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
             print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding as they are needed",
                   file=sys.stderr)
@@ -436,9 +450,9 @@ def _open_store(paths, cache, store):
                     size[i] = 0
             _parallel(decode, range(len(paths)), "decoding once")
             pixels.flush()
+            if not unchanged():
+                raise InputError("pictures of the training data changed while they were decoded; start again")
             _save_array(index, table)
-    if store == "never":
-        return start, size, None
     return start, size, torch.from_numpy(np.memmap(file, np.uint8, "c").reshape(-1, 3))  # "c": private, as torch wants it writable
 
 
@@ -485,15 +499,14 @@ def conv_of_shuffled(x, layer, r=2):
     are weights on c r^2 maps: 9x9 with 64 -> 3 maps becomes 5x5 with 256 -> 12, which fills the
     vector units, and 3 large maps are shuffled instead of 64.
     """
-    margin = layer.padding[0]
-    reach = math.ceil(margin / r)              # in LR pixels
-    weight = []
-    for y in range(r):
-        for x0 in range(r):
-            first = [r * reach - margin + position for position in (x0, y)]
-            left, top, right, bottom = *first, *(r * (2 * reach + 1) - layer.kernel_size[0] - f for f in first)
-            weight.append(F.pixel_unshuffle(F.pad(layer.weight, (left, right, top, bottom)), r))  # [3, 256, 5, 5]
-    weight = torch.stack(weight, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)   # [12, 256, 5, 5]
+    k, reach = layer.kernel_size[0], math.ceil(layer.padding[0] / r)  # reach in LR pixels
+    side, weight = r * (2 * reach + 1), []     # the 9x9 weights move within 10x10
+    for i in range(r):
+        for j in range(r):
+            top, left = (r * reach - layer.padding[0] + n for n in (i, j))
+            moved = F.pad(layer.weight, (left, side - k - left, top, side - k - top))                # [3, 64, 10, 10]
+            weight.append(F.pixel_unshuffle(moved, r))                                               # [3, 256, 5, 5]
+    weight = torch.stack(weight, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [12, 256, 5, 5]
     return F.pixel_shuffle(F.conv2d(x, weight, layer.bias.repeat_interleave(r * r), padding=reach), r)
 
 
@@ -639,7 +652,6 @@ class Discriminator(nn.Module):
 
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-VGG19_LAYERS = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1) for j in range(1, depth + 1)}
 
 
 class ContentNetwork(nn.Module):
@@ -674,11 +686,13 @@ class TruncatedVGG19(ContentNetwork):
     layer "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6]. See ContentNetwork.
     """
 
+    layers = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1) for j in range(1, depth + 1)}
+
     def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
-        if layer not in VGG19_LAYERS:
-            raise InputError(f"VGG19 has no layer {layer!r}; it has {' '.join(VGG19_LAYERS)}")
+        if layer not in self.layers:
+            raise InputError(f"VGG19 has no layer {layer!r}; it has {' '.join(self.layers)}")
         layers, n_in = [], 3
-        for name, (i, j) in VGG19_LAYERS.items():
+        for name, (i, j) in self.layers.items():
             n = min(64 * 2 ** (i - 1), 512)
             layers += [nn.MaxPool2d(2)] * (j == 1 and i > 1) + [conv(n_in, n, 3), nn.ReLU(inplace=True)]
             n_in = n
@@ -693,11 +707,13 @@ class TruncatedSqueezeNet(ContentNetwork):
     layer 12 is the last: [N, 3, 96, 96] -> [N, 512, 5, 5]. See ContentNetwork.
     """
 
+    layers = tuple(map(str, range(13)))
+
     def __init__(self, layer="12", weights="imagenet", divisor=12.75):
         from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+        if layer not in self.layers:
+            raise InputError(f"SqueezeNet 1.1 has no layer {layer!r}; it has 0 to 12")
         features = squeezenet1_1().features
-        if not layer.isdecimal() or int(layer) >= len(features):
-            raise InputError(f"SqueezeNet 1.1 has no layer {layer!r}; it has 0 to {len(features) - 1}")
         super().__init__(features[:int(layer) + 1], weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url, divisor)
 
 
@@ -1057,7 +1073,25 @@ def replacing(path):
 
 def replacing_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def lock(path, busy=None):
+    """A file that one process at a time may hold open; the system lets go of it when the process ends, however it ends.
+
+    Waits for another process, or raises InputError with the message `busy`. Without fcntl (Windows) nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return nullcontext()
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError:
+        file.close()
+        raise InputError(busy) from None
+    return file
 
 
 def save_checkpoint(path, generator, **more):
@@ -1072,6 +1106,10 @@ def save_checkpoint(path, generator, **more):
 def load_checkpoint(path, device="cpu"):
     """A dictionary that torch.save wrote; nothing in the file is executed. Raises InputError where it is none."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what is packed grows without bounds
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("compressed")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -1083,21 +1121,33 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_generator(path, device="cpu"):
-    """The Generator of any checkpoint that train.py wrote, in eval mode. Raises InputError."""
+    """The Generator of any checkpoint that train.py wrote, in eval mode, float32. Raises InputError."""
     state = load_checkpoint(path, device)
     if not {"generator", "arch"} <= state.keys():
         raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
+    arch, weights = state["arch"], state["generator"]
     try:
-        generator = Generator(**state["arch"])
-        generator.load_state_dict(state["generator"])
-    except Exception as error:  # TypeError: other arguments; RuntimeError: other weights; AttributeError: no dictionary
+        if not all(isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= t.nbytes for t in weights.values()):
+            raise ValueError("its weights are no tensors")  # or claim more than the file holds
+        if arch["scale"] not in SCALES or not 0 <= arch["n_blocks"] <= len(weights) or arch["channels"] > 2 ** 16:
+            raise ValueError(f"{arch}")
+        with torch.device("meta"):  # takes no memory: what the file does not hold is not allocated
+            expected = Generator(**arch).state_dict()
+        if [(key, value.shape) for key, value in weights.items()] != [(key, value.shape) for key, value in expected.items()]:
+            raise ValueError(f"its weights are not those of {arch}")
+        generator = Generator(**arch)
+        generator.load_state_dict(weights)
+    except Exception as error:  # arguments or weights of whatever kind
         raise InputError(f"{path}: holds a generator of another architecture ({one_line(error)})") from None
+    if not all(tensor.isfinite().all() for tensor in generator.state_dict().values()):
+        raise InputError(f"{path}: its weights are not finite; the training diverged, take an earlier checkpoint")
     return generator.to(device, memory_format=torch.channels_last).eval()
 
 
 def run(main):
     """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         status = main()
     except (InputError, OSError) as error:

@@ -45,9 +45,11 @@ COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS fo
            "updates_per_s", "memory_mb")
 
 # What each setting of config.json may be, by its full name or, in the groups of both stages, by its last part.
-positive = (lambda v: v > 0, "above 0")
-not_negative = (lambda v: v >= 0, "0 or above")
 fraction = (lambda v: 0 <= v < 1, "from 0 to below 1")
+
+
+def between(low, high):
+    return lambda v: low <= v <= high, f"from {low:g} to {high:g}"
 
 
 def one_of(*choices):
@@ -55,36 +57,41 @@ def one_of(*choices):
 
 
 def are_epochs(values):
-    return all(type(v) is int and v > 0 for v in values) and values == sorted(set(values))
+    return all(type(v) is int and 0 < v <= 1e9 for v in values) and values == sorted(set(values))
+
+
+def is_layer(value):
+    name, colon, layer = value.partition(":")
+    return layer in srgan.CONTENT_NETWORKS[name].layers if colon and name in srgan.CONTENT_NETWORKS else name in srgan.CONTENT_NETWORKS
 
 
 RULES = {
-    "scale": one_of(*srgan.SCALES), "channels": (lambda v: v >= 3, "3 or above"), "n_blocks": positive,
-    "block": one_of(*srgan.BLOCKS),
-    "discriminator.channels": (lambda v: len(v) > 0 and all(type(n) is int and n > 0 for n in v), "a list of whole numbers above 0"),
-    "first_kernel": (lambda v: v % 2 == 1 and v > 0, "an odd number"), "norm": one_of(*srgan.NORMS), "pool": not_negative,
-    "content_network": (lambda v: v.partition(":")[0] in srgan.CONTENT_NETWORKS,
-                        "vgg19 or squeezenet1_1, with a layer after a colon: vgg19:5_4"),
-    "content_weights": (lambda v: v != "", "imagenet, random or a path"), "content_divisor": positive,
-    "patch_size": positive, "batch_size": positive,
-    "kernel": one_of("bicubic", "gaussian"), "augment": one_of(*srgan.SYMMETRIES),
-    "crop_margin": (lambda v: 0 <= v < 0.5, "from 0 to below 0.5"),
+    "scale": one_of(*srgan.SCALES), "channels": between(3, 1024), "n_blocks": between(1, 256), "block": one_of(*srgan.BLOCKS),
+    "discriminator.channels": (lambda v: 0 < len(v) <= 16 and all(type(n) is int and 0 < n <= 4096 for n in v),
+                               "1 to 16 whole numbers from 1 to 4096"),
+    "first_kernel": one_of(1, 3, 5, 7, 9, 11), "norm": one_of(*srgan.NORMS), "pool": between(0, 64),
+    "content_network": (is_layer, "vgg19 or squeezenet1_1, with one of its layers after a colon: vgg19:5_4, squeezenet1_1:12"),
+    "content_weights": (lambda v: v != "", "imagenet, random or a path"), "content_divisor": between(1e-6, 1e6),
+    "patch_size": between(8, 4096), "batch_size": between(1, 65536), "kernel": one_of("bicubic", "gaussian"),
+    "augment": one_of(*srgan.SYMMETRIES), "crop_margin": (lambda v: 0 <= v < 0.5, "from 0 to below 0.5"),
     "store": one_of("auto", "always", "never"),
     "split": (lambda v: len(v) == 3 and all(type(n) is int and n >= 0 for n in v) and sum(v) == 100 and v[0] * v[1] > 0,
               "percentages for training, validation and test that make 100, the first two above 0"),
-    "validate_on": not_negative, "validate_every": positive, "checkpoint_every": not_negative, "keep": not_negative,
-    "recoveries": not_negative,
-    "steps_per_epoch": positive, "ema": fraction, "lpips": one_of(True, False), "precision": one_of("auto", "bf16", "fp32"),
-    "compile": one_of("auto", "yes", "no"), "seed": (lambda v: 0 <= v < 2 ** 63, "from 0 to below 2^63"),
-    "epochs": positive, "lr": positive, "warmup": not_negative, "schedule": one_of("constant", "step", "cosine"),
-    "betas": (lambda v: len(v) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "validate_on": between(0, 1e9), "validate_every": between(1, 1e9), "checkpoint_every": between(0, 1e9), "keep": between(0, 1e9),
+    "recoveries": between(0, 1000), "steps_per_epoch": between(1, 1e9), "ema": fraction, "lpips": one_of(True, False),
+    "precision": one_of("auto", "bf16", "fp32"), "compile": one_of("auto", "yes", "no"), "seed": between(0, 2 ** 63 - 1),
+    "epochs": between(1, 1e9), "lr": between(1e-12, 10), "warmup": between(0, 1e9), "schedule": one_of("constant", "step", "cosine"),
+    "betas": (lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "milestones": (are_epochs, "epochs in ascending order"),
-    "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and g[1] > 0 for g in v)
-             and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size] in ascending order"),
+    "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and 8 <= g[1] <= 4096 for g in v)
+             and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size from 8 to 4096] in ascending order"),
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
-    "pixel_weight": not_negative, "content_weight": not_negative, "adversarial_weight": positive,
-    "gradient_penalty": not_negative, "discriminator_steps": positive, "freeze_batch_norm": one_of(True, False),
+    "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "adversarial_weight": between(1e-12, 1e6),
+    "gradient_penalty": between(0, 1e6), "discriminator_steps": between(1, 100), "freeze_batch_norm": one_of(True, False),
 }
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", list: "a list"}
 
 
 def lay_over(config, changes, prefix=""):
@@ -100,21 +107,24 @@ def lay_over(config, changes, prefix=""):
             lay_over(config[key], value, name + ".")
             continue
         kind = type(config[key])
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2 ** 63:
             value = float(value)
-        if type(value) is not kind:
-            raise InputError(f"{name} must be of type {kind.__name__}, not {value!r}")
         holds, text = RULES.get(name) or RULES[key]
-        if not holds(value) or kind is float and not math.isfinite(value):
-            raise InputError(f"{name} must be {text}, not {value!r}")
+        if type(value) is not kind or not holds(value):  # nothing holds for NaN
+            raise InputError(f"{name} must be {text} ({KINDS[kind]}), not {srgan.one_line(repr(value))}")
         config[key] = value
 
 
 def read_json(path):
+    def group(pairs):
+        keys = [key for key, _ in pairs]
+        if len({*keys}) < len(keys):
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands there twice")
+        return dict(pairs)
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=group)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({srgan.one_line(error)})") from None
 
 
 def resolve_config(args, saved=None):
@@ -262,8 +272,13 @@ class Graphed:
             return result
         if len(calls) == self.warmup:
             graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
-            with torch.cuda.graph(graph):
-                result = self.function(*inputs)
+            try:
+                with torch.cuda.graph(graph):
+                    result = self.function(*inputs)
+            except RuntimeError as error:
+                print(f"no CUDA graph ({srgan.one_line(error)}); going on without, more slowly", file=sys.stderr)
+                self.warmup = math.inf
+                return self.function(*tensors)
             calls.append((graph, inputs, result))
         graph, inputs, result = calls[-1]
         for mine, given in zip(inputs, tensors):
@@ -362,7 +377,18 @@ def main():
     latest, state = out / "checkpoint_latest.pth", None
     if args.resume and args.init:
         raise InputError("--resume goes on with the run's own generator; leave --init out")
+
+    def claim():
+        """Until this process ends, no other may write into the run folder."""
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            held.append(srgan.lock(out / ".lock", f"{out}: another run is writing into this folder; name another one with --out"))
+            for left in out.glob(".[0-9]*.[0-9]*.*"):  # half-written files of a run that was killed
+                left.unlink()
+    held = []
     if args.resume:
+        if out.is_dir():
+            claim()
         state = srgan.load_checkpoint(latest if args.resume is True else args.resume, device)
         if "stage" not in state or "training" not in state:
             raise InputError("only a checkpoint_latest.pth can be resumed: the others hold the generator alone; "
@@ -391,6 +417,9 @@ def main():
         pairs = [(path.stem, path, None) for path in held_out]
         data = {path: data[path] for path in sorted({*parts["train"], *parts["val"]} - {*held_out})}
 
+    if not held:
+        claim()
+
     # Networks and optimisers. D exists in stage 2, phi where the content loss counts.
     torch.manual_seed(config["seed"])
     generator = srgan.Generator(scale, config["channels"], config["n_blocks"], config["block"])
@@ -416,7 +445,9 @@ def main():
         phi = srgan.CONTENT_NETWORKS[name](*[layer] * bool(layer), weights=config["content_weights"],
                                            divisor=config["content_divisor"])
         phi = phi.to(device, memory_format=torch.channels_last)
-    with torch.no_grad():  # what does not fit together shows now
+        if precision == "bf16":
+            phi.features.bfloat16()  # what autocast would do anew for each batch
+    with torch.no_grad(), srgan.autocast(device, precision):  # what does not fit together shows now
         probe = torch.zeros(min(batch_size, 2), 3, config["patch_size"], config["patch_size"], device=device)
         for network in filter(None, (copy.deepcopy(discriminator), phi)):
             try:
@@ -429,7 +460,8 @@ def main():
     def restore(state):
         nonlocal step, best, seconds, recovered
         try:
-            step, best, seconds, recovered = (state[key] for key in ("step", "best", "seconds", "recovered"))
+            step, best, seconds = (state[key] for key in ("step", "best", "seconds"))
+            recovered = state.get("recovered", 0)
             sums.copy_(state["training"]["sums"])
             average.load_state_dict(state["generator"])
             for name in networks:

@@ -102,7 +102,7 @@ def test_icnr_leaves_no_checkerboard():
     assert torch.equal(y, y[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.mark.parametrize("layer", srgan.VGG19_LAYERS)
+@pytest.mark.parametrize("layer", srgan.TruncatedVGG19.layers)
 def test_vgg19_is_torchvisions_up_to_the_activation_of_phi(layer):
     vgg19 = pytest.importorskip("torchvision").models.vgg.make_layers
     i, j = map(int, layer.split("_"))
