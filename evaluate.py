@@ -64,7 +64,7 @@ def finite(value):
 
 def save_pictures(folder, names, stem, pictures, hr, scores):
     """Each model's SR as <folder>/<model>/<stem>.png, and all of them beside HR as <folder>/comparison/<stem>.png."""
-    sheet = srgan.strip([*pictures, hr], [f"{name} {score['psnr']:.2f} dB / {score['ssim']:.4f}"
+    sheet = srgan.strip([*pictures, hr], [f"{name}\n{score['psnr']:.2f} dB / {score['ssim']:.4f}"
                                           for name, score in zip(names, scores)] + ["HR"])
     for name, picture in [*zip(names, map(srgan.Image.fromarray, pictures)), ("comparison", sheet)]:
         path = Path(folder) / name / f"{stem}.png"

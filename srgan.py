@@ -233,12 +233,14 @@ def bicubic(lr, scale=4):
 def strip(pictures, labels):
     """Pictures side by side, each with its label below: uint8 [h, w, 3] arrays of one size, strings -> PIL.Image."""
     h, w = pictures[0].shape[:2]
-    size = max(10, min(24, w // 12))
-    sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h + 2 * size), "white")
+    lines = max(label.count("\n") for label in labels) + 1
+    size = next(n for n in range(24, 7, -1) if n == 8 or all(
+        ImageFont.load_default(n).getlength(line) <= w for label in labels for line in label.split("\n")))
+    sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h + (lines + 1) * size * 4 // 3), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         sheet.paste(Image.fromarray(picture), (i * (w + 4), 0))
-        draw.text((i * (w + 4) + w / 2, h + size), label, fill="black", font=font, anchor="mm")
+        draw.text((i * (w + 4) + w / 2, (h + sheet.height) / 2), label, fill="black", font=font, anchor="mm", align="center")
     return sheet
 
 

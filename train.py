@@ -116,6 +116,7 @@ def lay_over(config, changes, prefix=""):
 
 
 def read_json(path):
+    """A JSON file's content. Raises InputError for what is none, or says a thing twice."""
     def group(pairs):
         keys = [key for key, _ in pairs]
         if len({*keys}) < len(keys):
@@ -534,7 +535,7 @@ def main():
         optimizers[name].step()
 
     def update(*batch):
-        """One update of G, and in stage 2 of D before it (Sec. 3.2: alternating, k = 1); the LOSSES as one tensor on the device."""
+        """One update of G (Eq. 2), and in stage 2 of D before it (Sec. 3.2: alternating, k = 1); the LOSSES, one tensor on the device."""
         value, rng = {}, np.random.default_rng((config["seed"], rank, step, 1))
         *earlier, lr, hr = batch               # [N, 3, 24, 24] and [N, 3, 96, 96]
         for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):  # where D makes several steps
