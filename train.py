@@ -87,7 +87,7 @@ RULES = {
              and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size from 8 to 4096] in ascending order"),
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
     "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "adversarial_weight": between(1e-12, 1e6),
-    "gradient_penalty": between(0, 1e6), "discriminator_steps": between(1, 100), "freeze_batch_norm": one_of(True, False),
+    "gradient_penalty": between(0, 1e6), "discriminator_steps": between(1, 100), "shift": between(0, 64), "freeze_batch_norm": one_of(True, False),
 }
 
 
@@ -456,6 +456,7 @@ def main():
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"patches of {config['patch_size']}, {batch_size} at a time, are too small for "
                                  f"{type(network).__name__} ({srgan.one_line(error)})") from None
+    shift = torch.zeros(2, dtype=torch.int64, device=device)
     sums, best, seconds, recovered = torch.zeros(len(LOSSES), device=device), {}, 0.0, 0
 
     def restore(state):
@@ -502,6 +503,12 @@ def main():
                 one = patches.batches(batch_size, max(first, step) * d_steps, min(last, total) * d_steps)
                 yield from (sum(several, ()) for several in zip(*[one] * d_steps))
 
+    def shifted(*pictures):
+        """Pictures moved alike, cyclically, by up to stage["shift"] pixels: the grids of D's and phi's strides then leave no trace in G."""
+        for dim in (2, 3) * bool(stage.get("shift")):
+            pictures = [x.index_select(dim, (torch.arange(x.shape[dim], device=device) - shift[dim - 2]) % x.shape[dim]) for x in pictures]
+        return [x.contiguous(memory_format=torch.channels_last) for x in pictures]
+
     def update_discriminator(sr, hr, rng):
         """One step of D (Eq. 1); its part of the LOSSES."""
         discriminator.requires_grad_(True)
@@ -541,9 +548,9 @@ def main():
         for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):  # where D makes several steps
             with torch.no_grad(), srgan.autocast(device, precision):
                 sr = G(early_lr)
-            update_discriminator(sr, early_hr, rng)
+            update_discriminator(*shifted(sr, early_hr), rng)
         with srgan.autocast(device, precision):
-            sr = G_updated(lr)                 # [N, 3, 96, 96]
+            sr, hr = shifted(G_updated(lr), hr)  # [N, 3, 96, 96]
         if D is not None:
             value = update_discriminator(sr.detach(), hr, rng)
         value |= generator_losses(sr, hr)
@@ -602,6 +609,8 @@ def main():
     stream, tensors = batches(), (srgan.float_state(average), srgan.float_state(generator))
     while step < total and not stop:
         rate.fill_(learning_rate(stage, step, steps_per_epoch) * 0.5 ** recovered)  # half the rate after each recovery
+        if stage.get("shift"):
+            shift.copy_(torch.from_numpy(np.random.default_rng((config["seed"], rank, step, 2)).integers(0, stage["shift"] + 1, 2)))
         losses = take(*next(stream))
         sums += losses
         step += 1

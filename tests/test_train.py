@@ -325,6 +325,7 @@ SOURCES = {  # what the paper and the projects fix, written down once more
     "coco": {"srresnet.pixel_loss": "mse", "discriminator.first_kernel": 9, "gan.adversarial_loss": "bce", "store": "never"},
     "progressive": {"patch_size": 96, "srresnet.grow": [[501, 128], [801, 256]], "gan.grow": [[101, 128], [151, 256]]},
     "esrgan": {"block": "rrdb", "gan.adversarial_loss": "relativistic", "gan.pixel_loss": "l1", "gan.pixel_weight": 0.01, "gan.adversarial_weight": 0.005},
+    "light": {"content_network": "squeezenet1_1:4", "gan.shift": 7, "gan.freeze_batch_norm": True, "gan.adversarial_loss": "bce"},
     "frozen-bn": {"gan.freeze_batch_norm": True},
 }
 
@@ -512,3 +513,20 @@ def test_gradients_of_two_processes_are_those_of_the_joined_batch(tmp_path):
     assert len(joined) == len(first) and any(g.abs().max() > 1e-3 for g in joined)
     for whole, one, other in zip(joined, first, second):
         assert torch.equal(one, other) and torch.allclose(one, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_shifted_pictures_are_the_same_pictures_elsewhere(script, photos, tmp_path, stage_1, monkeypatch):
+    """D and phi see SR and HR moved alike; the pixel loss does not change by it, and G gets its gradient."""
+    seen, real = [], srgan.content_loss
+    monkeypatch.setattr(srgan, "content_loss", lambda phi, sr, hr: (seen.append((sr.detach(), hr)), real(phi, sr, hr))[1])
+    for shift in (0, 7):
+        run(script, photos, "gan", "--epochs", "1", "--steps-per-epoch", "2", "--out", f"shift{shift}", "--set", f"gan.shift={shift}",
+            "--set", "gan.pixel_weight=1", "--precision", "fp32")
+    offsets = []
+    for (sr, hr), (moved_sr, moved_hr) in zip(seen[:1], seen[2:3]):  # before the first update the networks are the same
+        match = [(y, x) for y in range(8) for x in range(8) if torch.equal(torch.roll(hr, (y, x), (2, 3)), moved_hr)]
+        assert len(match) == 1 and torch.allclose(torch.roll(sr, match[0], (2, 3)), moved_sr, atol=1e-6)
+        offsets += match
+    assert offsets != [(0, 0)]
+    rows = [next(csv.DictReader(open(tmp_path / f"shift{n}/metrics.csv"))) for n in (0, 7)]
+    assert float(rows[0]["pixel"]) == pytest.approx(float(rows[1]["pixel"]), rel=0.05) and rows[0]["content"] != rows[1]["content"]
