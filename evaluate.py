@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -73,11 +74,25 @@ def save_pictures(folder, names, stem, pictures, hr, scores):
             picture.save(temporary)
 
 
+def check_outputs(args, pairs):
+    """Raise InputError where a result would take the place of an input, or has no folder."""
+    inputs = {os.path.realpath(path) for path in (*args.ckpt, *(path for _, *both in pairs for path in both if path))}
+    for path in filter(None, (args.json, args.csv)):
+        if os.path.realpath(path) in inputs:
+            raise InputError(f"{path} is an input, which is never overwritten; name another output")
+        if not Path(path).parent.is_dir():
+            raise InputError(f"{Path(path).parent}: no such folder")
+    folder = args.save_images and os.path.realpath(args.save_images) + os.sep
+    if folder and any(path.startswith(folder) for path in inputs):
+        raise InputError(f"{args.save_images} holds inputs; name another folder for the pictures")
+
+
 def main():
     args = parse_args()
     device = srgan.pick_device(args.device)
     state = srgan.load_checkpoint(args.ckpt[0]) if args.ckpt else {}
-    kernel = args.kernel or state.get("config", {}).get("kernel", "bicubic")
+    config = state.get("config") if isinstance(state.get("config"), dict) else {}
+    kernel = args.kernel or ("gaussian" if config.get("kernel") == "gaussian" else "bicubic")
     generators = {path: srgan.optimize_for_inference(srgan.load_generator(path, device)) for path in args.ckpt}
     scales = {g.arch["scale"] for g in generators.values()} | ({args.scale} if args.scale else set())
     if len(scales) > 1:
@@ -86,13 +101,16 @@ def main():
     shave = scale if args.shave is None else args.shave
     pairs = srgan.find_pairs(args.data, args.lr, scale, kernel)
     if args.split:
-        if state.get("val"):
+        if isinstance(state.get("val"), str) and state["val"]:
             raise InputError(f"{args.ckpt[0]} was trained with --val {state['val']}: no part of its data was held out")
-        shares = state.get("config", {}).get("split", (80, 15, 5))
-        chosen = set(srgan.split([hr for _, hr, _ in pairs], shares)[args.split])
+        try:
+            chosen = set(srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))[args.split])
+        except (TypeError, ValueError):
+            raise InputError(f"{args.ckpt[0]}: its configuration's split is none") from None
         pairs = [pair for pair in pairs if pair[1] in chosen]
         if not pairs:
             raise InputError(f"{args.data}: the {args.split} part is empty")
+    check_outputs(args, pairs)
     lpips, failed = None if args.no_lpips else srgan.try_lpips(device), 0
 
     models = ["bicubic", *generators]
@@ -108,7 +126,7 @@ def main():
             pictures = [srgan.bicubic(lr, scale)] + [srgan.upscale(g, lr) for g in generators.values()]
             row = [srgan.measure(sr, hr, shave, not args.rgb, lpips) for sr in pictures]
         except ValueError as error:  # unreadable, or smaller than what the metrics need
-            print(f"{stem}: {error}", file=sys.stderr)
+            srgan.say(f"{stem}: {error}")
             failed += 1
             continue
         for model, score in zip(models, row):

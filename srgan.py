@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -38,11 +39,17 @@ SCALES = (2, 4, 8)
 Image.MAX_IMAGE_PIXELS = None  # open_within_limit names the size
 warnings.filterwarnings("ignore", module="PIL")  # of odd files, which either decode or do not
 MAX_MEGAPIXELS = 179  # of a picture: a file of a few bytes may claim to be enormous; Pillow's limit, too
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # whatever a file is called; others may run programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 class InputError(ValueError):
     """Something that the person at the keyboard can put right: one line, what is wrong and what to do."""
+
+
+def say(text):
+    """A line on stderr, one even where a file name holds line breaks."""
+    print(text.translate({n: repr(chr(n))[1:-1] for n in range(32)}), file=sys.stderr)
 
 
 def one_line(error):
@@ -70,7 +77,9 @@ def find_images(path):
 
 def open_within_limit(path):
     """Image.open, reading the header alone. Raises InputError for more than MAX_MEGAPIXELS."""
-    file = Image.open(path)
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError("not a file")  # a pipe would wait for ever
+    file = Image.open(path, formats=FORMATS)
     if file.width * file.height > MAX_MEGAPIXELS * 1e6:
         file.close()
         raise InputError(f"{file.width}x{file.height} pixels are more than {MAX_MEGAPIXELS:g} megapixels; raise the limit of "
@@ -90,6 +99,8 @@ def open_image(path):
         with open_within_limit(path) as file:
             image = ImageOps.exif_transpose(file)
             info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+            if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):
+                del info["dpi"]
             if image.mode == "CMYK":
                 image = _cmyk_to_rgb(image, info.pop("icc_profile", None))
             elif image.mode.startswith("I"):  # 16-bit grey: 65535 / 257 = 255
@@ -414,6 +425,7 @@ def _open_store(paths, cache, store):
     name, cache = key(), Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     with lock(cache / f"{name}.lock"):  # a second process waits for the first, and finds its store
+        remove_leftovers(cache)
         return _find_or_make_store(paths, cache / f"{name}.pixels", store, lambda: key() == name)
 
 
@@ -421,7 +433,9 @@ def _find_or_make_store(paths, file, store, unchanged):
     index, cache = file.with_suffix(".npy"), file.parent
     try:
         table = np.load(index)  # [n, 3]: start, height, width
-    except (OSError, ValueError, EOFError):  # none, or one that was cut off
+        if table.shape != (len(paths), 3) or table.dtype != np.int64 or table.min() < 0:
+            raise ValueError
+    except (OSError, ValueError, EOFError):  # none, or a damaged one
         sizes = _parallel(_read_size, paths, "reading sizes")
         area = np.array(sizes, dtype=np.int64).prod(1)
         table = np.column_stack([np.cumsum(area) - area, sizes])
@@ -431,7 +445,7 @@ def _find_or_make_store(paths, file, store, unchanged):
     total = max(int((start + size.prod(1)).max()), 1)
     if store == "never":
         return start, size, None
-    if not file.exists() or file.stat().st_size < total * 3:
+    if not file.exists() or file.stat().st_size != total * 3:
         free = shutil.disk_usage(cache).free
         if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
             print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding as they are needed",
@@ -441,7 +455,9 @@ def _find_or_make_store(paths, file, store, unchanged):
             raise InputError(f"{cache}: {total * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in {free / 2 ** 30:.1f} GiB "
                              "of free disk; name another folder with --cache, or stream with --set store=never")
         with replacing(file) as temporary:
-            pixels = np.memmap(temporary, np.uint8, "w+", shape=(total, 3))
+            with open(temporary, "wb") as reserved:  # a disk that fills up later would kill the process
+                (getattr(os, "posix_fallocate", None) or (lambda fd, start, n: os.truncate(fd, n)))(reserved.fileno(), 0, total * 3)
+            pixels = np.memmap(temporary, np.uint8, "r+", shape=(total, 3))
 
             def decode(i):
                 try:
@@ -475,7 +491,7 @@ class PReLU(nn.PReLU):
     """PReLU with one slope: max(0, x) + a min(0, x). On the CPU its gradient takes half of the time that torch's takes."""
 
     def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _PReLUFunction.apply(x, self.weight)
         return super().forward(x)
 
@@ -732,7 +748,7 @@ def _imagenet_state(features, weights, url):
                              "--vgg-weights PATH, or try things out with --vgg-weights random") from None
     else:
         state = load_checkpoint(weights)
-    state = {key.removeprefix("features."): value for key, value in state.items()}
+    state = {key.removeprefix("features."): value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
     missing = [key for key, value in features.state_dict().items()
                if key not in state or state[key].shape != value.shape]
     if missing:
@@ -940,17 +956,21 @@ def _tiles(top, bottom, left, right, side):
 
 
 def _largest_tile(generator, device, precision):
-    """Side of the tiles that half of the GPU's free memory is enough for, at most TILE, which is what other devices get."""
+    """Side of the tiles that half of the GPU's free memory is enough for, at most TILE (less for scale 8), which other devices get."""
+    limit = TILE * 4 // max(4, generator.arch["scale"])
     if device.type != "cuda":
-        return TILE
+        return limit
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     per_pixel = 5 * generator.arch["channels"] * (2 if precision == "bf16" else 4) + 24 * generator.arch["scale"] ** 2
-    return max(64, min(TILE, int((free / 2 / per_pixel) ** 0.5) - 2 * generator.radius))
+    return max(64, min(limit, int((free / 2 / per_pixel) ** 0.5) - 2 * generator.radius))
+
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "create a memory object")
 
 
 def is_out_of_memory(error):
-    """Whether an exception says so; torch's for the CPU is a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether an exception says so, in the words of torch, CUDA, cuDNN, cuBLAS or oneDNN."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @torch.inference_mode()
@@ -972,7 +992,8 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
         t0, l0 = max(t - radius, 0), max(l - radius, 0)
         lr = to_tensor(np.ascontiguousarray(image[..., t0:b + radius, l0:r + radius, :]))
         lr = lr.view(-1, *lr.shape[-3:]).to(device, memory_format=torch.channels_last)
-        with autocast(device, precision):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if precision == "fp32" else nullcontext()
+        with autocast(device, precision), exact:
             sr = (_ensemble if ensemble else _enlarge_in_parts)(generator, lr)
         sr = sr[..., (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
         out[..., t * scale:b * scale, l * scale:r * scale, :] = to_pixels(sr).cpu().numpy().reshape(
@@ -1064,13 +1085,28 @@ def ema_(average, current, decay):
 @contextmanager
 def replacing(path):
     """A temporary path beside `path` to write to; it takes the place of `path` on success and vanishes on failure."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        yield path  # a device or a pipe
+        return
     temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}{path.suffix}")  # however long the name
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of `replacing` whose process is no more."""
+    for path in Path(folder).glob(".*"):
+        if match := re.fullmatch(r"\.(\d+)\.\d+\.\w+", path.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except (OSError, OverflowError):
+                pass  # another user's
 
 
 def replacing_text(path, text):
@@ -1089,8 +1125,11 @@ def lock(path, busy=None):
         return nullcontext()
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-    except BlockingIOError:
+        if busy:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)                  # threads wait, too
+    except (BlockingIOError, PermissionError):
         file.close()
         raise InputError(busy) from None
     return file
@@ -1101,12 +1140,16 @@ def save_checkpoint(path, generator, **more):
     with replacing(path) as temporary:
         try:
             torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # a power cut finds the old file or the new one
         except RuntimeError as error:  # what torch.save makes of a full disk
             raise InputError(f"{path}: cannot be written ({one_line(error)}); is the disk full?") from None
 
 
 def load_checkpoint(path, device="cpu"):
     """A dictionary that torch.save wrote; nothing in the file is executed. Raises InputError where it is none."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: not a file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what is packed grows without bounds
@@ -1122,18 +1165,25 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def is_plain(value):
+    """Whether a checkpoint's entry is a tensor of numbers that are in the file."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided and not value.is_complex()
+
+
 def load_generator(path, device="cpu"):
     """The Generator of any checkpoint that train.py wrote, in eval mode, float32. Raises InputError."""
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     if not {"generator", "arch"} <= state.keys():
         raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
     arch, weights = state["arch"], state["generator"]
     try:
-        if not all(isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= t.nbytes for t in weights.values()):
-            raise ValueError("its weights are no tensors")  # or claim more than the file holds
-        if arch["scale"] not in SCALES or not 0 <= arch["n_blocks"] <= len(weights) or arch["channels"] > 2 ** 16:
+        if not (arch.keys() <= {"scale", "channels", "n_blocks", "block"} and all(type(value) in (int, str) for value in arch.values())):
+            raise ValueError("unknown arguments")
+        if arch["scale"] not in SCALES or not 0 <= arch["n_blocks"] <= len(weights) or not 3 <= arch["channels"] <= 2 ** 16:
             raise ValueError(f"{arch}")
-        with torch.device("meta"):  # takes no memory: what the file does not hold is not allocated
+        if not all(map(is_plain, weights.values())) or sum(t.nbytes for t in weights.values()) > os.path.getsize(path):
+            raise ValueError("its weights are no tensors, or more than the file holds")
+        with torch.device("meta"):  # takes no memory: only what the file holds is allocated
             expected = Generator(**arch).state_dict()
         if [(key, value.shape) for key, value in weights.items()] != [(key, value.shape) for key, value in expected.items()]:
             raise ValueError(f"its weights are not those of {arch}")
@@ -1148,7 +1198,8 @@ def load_generator(path, device="cpu"):
 
 def run(main):
     """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    for number in (signal.SIGTERM, *[signal.SIGHUP] * hasattr(signal, "SIGHUP")):
+        signal.signal(number, lambda n, _: sys.exit(128 + n))  # so that what is half-written is removed
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         status = main()
@@ -1161,6 +1212,6 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     if isinstance(status, str):
-        print(f"{Path(sys.argv[0]).name}: {status}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {status}")
         status = 2
     sys.exit(status)

@@ -8,7 +8,7 @@ exits; --resume goes on from there, on the CPU bit for bit. Any setting of confi
 
     python train.py ... --preset quick --set gan.lr=5e-5 --set content_network=vgg19:2_2
 
-Four GPUs, and two machines with eight each (--batch-size counts for each GPU):
+Four GPUs, and two machines with eight each and the run folder in common (--batch-size counts for each GPU):
 
     torchrun --nproc-per-node 4 train.py --data ...
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 train.py --data ...
@@ -99,9 +99,9 @@ def lay_over(config, changes, prefix=""):
     if not isinstance(changes, dict):
         raise InputError(f"{prefix.rstrip('.') or 'the configuration'} must be a group of settings, not {changes!r}")
     for key, value in changes.items():
-        name = prefix + key
+        name = f"{prefix}{key}"
         if key not in config:
-            near = difflib.get_close_matches(key, config, 1)
+            near = difflib.get_close_matches(str(key), config, 1)
             raise InputError(f"unknown setting {name}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
         if isinstance(config[key], dict):
             lay_over(config[key], value, name + ".")
@@ -115,16 +115,26 @@ def lay_over(config, changes, prefix=""):
         config[key] = value
 
 
-def read_json(path):
-    """A JSON file's content. Raises InputError for what is none, or says a thing twice."""
+def parse_json(text):
+    """Raises ValueError for what is no JSON, is nested too deeply, or says a thing twice."""
     def group(pairs):
         keys = [key for key, _ in pairs]
         if len({*keys}) < len(keys):
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands there twice")
+            raise InputError(f"{next(key for key in keys if keys.count(key) > 1)} stands there twice")
         return dict(pairs)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=group)
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=group)
+    except RecursionError:
+        raise InputError("nested too deeply") from None
+
+
+def read_json(path):
+    """A JSON file's content. Raises InputError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: not a file")
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({srgan.one_line(error)})") from None
 
 
@@ -134,7 +144,7 @@ def resolve_config(args, saved=None):
     if args.preset not in (None, *file["presets"]):
         raise InputError(f"no preset {args.preset!r}; there are {', '.join(file['presets'])}")
     config = copy.deepcopy(file["base"])
-    lay_over(config, saved or {})
+    lay_over(config, {} if saved is None else saved)
     if args.preset:
         lay_over(config, {key: value for key, value in file["presets"][args.preset].items() if key != "about"})
     if args.config:
@@ -144,7 +154,9 @@ def resolve_config(args, saved=None):
         if not equals:
             raise InputError(f"--set {item}: write key=value")
         try:
-            value = json.loads(text)
+            value = parse_json(text)
+        except InputError as error:
+            raise InputError(f"--set {name}: {error}") from None
         except ValueError:
             value = text  # a word needs no quotes
         for part in reversed(name.split(".")):
@@ -251,41 +263,40 @@ def keep_freed_memory():
 class Graphed:
     """function(*tensors) -> tensor as one CUDA graph: a single launch for all kernels of an update.
 
-    The first calls for each set of shapes run as they are, which is the warm-up that capturing
+    The first calls for a set of shapes run as they are, which is the warm-up that capturing
     needs; then the graph is replayed on copies of the inputs. Everything else that the function
     reads or writes must stay where it is in memory.
     """
     warmup = 3
 
     def __init__(self, function, device):
-        self.function, self.device, self.captured = function, device, {}
+        self.function, self.calls, self.shapes, self.stream = function, 0, None, torch.cuda.Stream(device)
 
     def __call__(self, *tensors):
-        key = tuple(tensor.shape for tensor in tensors)
-        calls = self.captured.setdefault(key, [])
-        if len(calls) < self.warmup:  # on a stream of its own, as capturing will be
-            stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self.shapes:
+            self.shapes, self.calls, self.graph = shapes, 0, None
+        self.calls += 1
+        if self.calls <= self.warmup:  # on a stream of its own, as capturing will be
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 result = self.function(*tensors)
-            current.wait_stream(stream)
-            calls.append(None)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        if len(calls) == self.warmup:
-            graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+        if self.calls == self.warmup + 1:
+            self.inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
-                    result = self.function(*inputs)
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loader threads go on meanwhile
+                    self.result = self.function(*self.inputs)
+                self.graph = graph
             except RuntimeError as error:
-                print(f"no CUDA graph ({srgan.one_line(error)}); going on without, more slowly", file=sys.stderr)
-                self.warmup = math.inf
-                return self.function(*tensors)
-            calls.append((graph, inputs, result))
-        graph, inputs, result = calls[-1]
-        for mine, given in zip(inputs, tensors):
+                srgan.say(f"no CUDA graph ({srgan.one_line(error)}); going on without, more slowly")
+        if self.graph is None:
+            return self.function(*tensors)
+        for mine, given in zip(self.inputs, tensors):
             mine.copy_(given)
-        graph.replay()
-        return result
+        self.graph.replay()
+        return self.result
 
 
 def parallel(network, device):
@@ -309,18 +320,27 @@ def memory_mb(device):
 def validate(generator, pairs, config, lpips, sheet=None):
     """Mean and standard deviation of each metric over the validation set; generator None measures bicubic.
 
+    What cannot be measured is taken out of `pairs`, with a line on stderr. Raises InputError where nothing is left.
     sheet: a file to save bicubic, SR and HR of the first three pictures' centres to.
     """
     scale, scores, strips = config["scale"], [], []
-    for stem, hr_path, lr_path in pairs:
-        lr, hr = srgan.open_pair(hr_path, lr_path, scale, config["kernel"])
-        sr = srgan.bicubic(lr, scale) if generator is None else srgan.upscale(generator, lr)
-        scores.append(srgan.measure(sr, hr, scale, lpips=lpips))
+    for pair in list(pairs):
+        stem, hr_path, lr_path = pair
+        try:
+            lr, hr = srgan.open_pair(hr_path, lr_path, scale, config["kernel"])
+            sr = srgan.bicubic(lr, scale) if generator is None else srgan.upscale(generator, lr)
+            scores.append(srgan.measure(sr, hr, scale, lpips=lpips))
+        except InputError as error:  # unreadable, or too small to measure
+            srgan.say(f"left out of the validation, {stem}: {error}")
+            pairs.remove(pair)
+            continue
         if sheet and len(strips) < 3:
             side = min(240, *hr.shape[:2])
             top, left = ((n - side) // 2 for n in hr.shape[:2])
             views = [p[top:top + side, left:left + side] for p in (srgan.bicubic(lr, scale), sr, hr)]
             strips.append(srgan.strip(views, ["bicubic", f"SR {scores[-1]['psnr']:.2f} dB", stem]))
+    if not scores:
+        raise InputError("no picture is left to validate on")
     if sheet:
         whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
         for i, s in enumerate(strips):
@@ -384,14 +404,16 @@ def main():
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             held.append(srgan.lock(out / ".lock", f"{out}: another run is writing into this folder; name another one with --out"))
-            for left in out.glob(".[0-9]*.[0-9]*.*"):  # half-written files of a run that was killed
-                left.unlink()
+            for folder in (out, out / "samples"):
+                srgan.remove_leftovers(folder)
     held = []
     if args.resume:
         if out.is_dir():
             claim()
+        if args.resume is not True and latest.exists() and not os.path.samefile(args.resume, latest):
+            raise InputError(f"{out} holds another run; go on with {args.resume} in a folder of its own, by --out")
         state = srgan.load_checkpoint(latest if args.resume is True else args.resume, device)
-        if "stage" not in state or "training" not in state:
+        if not {"stage", "training", "step", "config"} <= state.keys() or type(state["step"]) is not int:
             raise InputError("only a checkpoint_latest.pth can be resumed: the others hold the generator alone; "
                              "start from one with --init")
         if state["stage"] != args.stage:
@@ -418,6 +440,10 @@ def main():
         pairs = [(path.stem, path, None) for path in held_out]
         data = {path: data[path] for path in sorted({*parts["train"], *parts["val"]} - {*held_out})}
 
+    inputs = [os.path.realpath(path) for path in (*data, *(path for _, *both in pairs for path in both if path))]
+    own = os.path.realpath(out) + os.sep
+    if any(path.startswith(own) for path in (*inputs, *(os.path.realpath(path) for path in (args.config, args.init) if path))):
+        raise InputError(f"{out} holds inputs; name another run folder with --out")
     if not held:
         claim()
 
@@ -470,7 +496,7 @@ def main():
                 networks[name].load_state_dict(state["training"][name])
                 optimizers[name].load_state_dict(state["training"][name + "_optimizer"])
                 optimizers[name].param_groups[0] |= {"lr": rate, "betas": tuple(stage["betas"]), "capturable": True}
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError("the checkpoint's networks are not those of the configuration "
                              f"({srgan.one_line(error)})") from None
     if state:
@@ -573,7 +599,7 @@ def main():
     def note_signal(number, _):
         stopped.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hasattr(signal, "SIGHUP")):
         signal.signal(number, note_signal)
 
     if rank == 0:
@@ -604,11 +630,12 @@ def main():
     bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     began, epoch_began, epoch_first, looked, stop = time.monotonic() - seconds, time.monotonic(), step, 0.0, False
-    graphed = compiled and device.type == "cuda" and world == 1 and not stage.get("gradient_penalty")
+    graphed = device.type == "cuda" and world == 1 and config["compile"] != "no" and not stage.get("gradient_penalty")
     take = Graphed(update, device) if graphed else update
     stream, tensors = batches(), (srgan.float_state(average), srgan.float_state(generator))
     while step < total and not stop:
-        rate.fill_(learning_rate(stage, step, steps_per_epoch) * 0.5 ** recovered)  # half the rate after each recovery
+        lr = learning_rate(stage, step, steps_per_epoch) * 0.5 ** recovered  # half the rate after each recovery
+        rate.fill_(lr)
         if stage.get("shift"):
             shift.copy_(torch.from_numpy(np.random.default_rng((config["seed"], rank, step, 2)).integers(0, stage["shift"] + 1, 2)))
         losses = take(*next(stream))
@@ -618,16 +645,18 @@ def main():
         bar.update()
         epoch, rest = divmod(step, steps_per_epoch)
         alone = world == 1 and (stopped or device.type == "cpu" or time.monotonic() - looked > 1)
-        if rest == 0 or alone or world > 1 and step % 10 == 0:
+        if rest == 0 or alone or world > 1 and (step % 10 == 0 or device.type == "cpu"):
             looked = time.monotonic()
             bar.set_postfix(loss=f"{losses[0].item():.4f}", MB=f"{memory_mb(device):.0f}", refresh=False)
-            flags = torch.stack([(~sums.isfinite()).any().float(), sums.new_tensor(float(len(stopped)))])
+            values = [sums, *(tensor for network in networks.values() for tensor in srgan.float_state(network))] if rest == 0 or stopped else [sums]
+            finite = torch.stack(torch._foreach_norm(values, math.inf)).isfinite().all()  # a gradient may break weights after a good loss
+            flags = torch.stack([(~finite).float(), sums.new_tensor(float(len(stopped)))])
             if world > 1:  # what one process sees, all act on, after the same update
                 dist.all_reduce(flags)
             broken, stop = (flags > 0).tolist()
             if broken:
                 names = [name for name, value in zip(LOSSES, sums.tolist()) if not math.isfinite(value)]
-                text = f"{', '.join(names) or 'a loss of another process'} not finite at update {step}"
+                text = f"{', '.join(names) or 'weights, or a loss of another process,'} not finite at update {step}"
                 if recovered == config["recoveries"]:
                     raise InputError(f"{text}, after {recovered} recoveries; go on from the last good state with --resume and "
                                      "another --lr, or --precision fp32")
@@ -650,7 +679,7 @@ def main():
             mean = dict(zip(LOSSES, (sums / steps_per_epoch).tolist()))
             sums.zero_()
         if rest == 0 and rank == 0:
-            row = {"epoch": epoch, "update": step, "lr": rate.item(), **mean,
+            row = {"epoch": epoch, "update": step, "lr": lr, **mean,
                    "updates_per_s": (step - epoch_first) / (time.monotonic() - epoch_began), "memory_mb": memory_mb(device)}
             rows.append(row)
             seconds = time.monotonic() - began

@@ -60,6 +60,8 @@ def parse_args():
         parser.error("--outscale must be above 0 and at most 64")
     if args.tile is not None and args.tile < 0:
         parser.error("--tile must be 0 or above")
+    if not args.max_megapixels > 0:
+        parser.error("--max-megapixels must be above 0")
     return args
 
 
@@ -85,13 +87,15 @@ def load_model(args, device):
 def plan(inputs, output, overwrite):
     """([(input path, output path)], the number of those left out because they are done). Raises InputError where the paths cannot be meant."""
     target, real = Path(output), os.path.realpath
-    skipped = 0
+    skipped, to_folder = 0, True
     if len(inputs) == 1 and not Path(inputs[0]).is_dir() and not output.endswith(("/", os.sep)):
         if target.is_dir():
             raise InputError(f"{output} is a folder; write {output}{os.sep} to put the picture into it, or name a file")
         if not target.parent.is_dir():
             raise InputError(f"{target.parent}: no such folder")
-        jobs = [(Path(inputs[0]), target)]
+        if target.exists() and not os.access(target, os.W_OK):
+            raise InputError(f"{output} is read-only")
+        jobs, to_folder = [(Path(inputs[0]), target)], False
     else:
         if target.exists() and not target.is_dir():
             raise InputError(f"{output} is a file; name a folder for several pictures")
@@ -112,8 +116,8 @@ def plan(inputs, output, overwrite):
         taken[result] = source
         if result.suffix.lower() not in FORMATS:
             raise InputError(f"{result}: take one of the endings {' '.join(FORMATS)}")
-    if len(jobs) > 1 and not overwrite:
-        jobs, before = [job for job in jobs if not job[1].exists()], len(jobs)
+    if to_folder and not overwrite:
+        jobs, before = [job for job in jobs if not job[1].is_file()], len(jobs)
         skipped = before - len(jobs)
     return jobs, skipped
 
@@ -133,19 +137,19 @@ def encode(image, pixels, outscale, result):
     Grey pictures go through the generator as RGB and come back as its luma. Transparency is enlarged by
     bicubic interpolation: no photo, so the generator would leave traces in what is to be quite clear.
     """
-    large, form = Image.fromarray(pixels), FORMATS[result.suffix.lower()]
-    if image.mode in ("L", "LA"):
-        large = large.convert("L")
-    if "A" in image.mode:
-        large.putalpha(image.getchannel("A").resize(large.size, Image.Resampling.BICUBIC))
-    if outscale:
-        large = large.resize([max(1, round(side * outscale)) for side in image.size], Image.Resampling.LANCZOS)
     try:
+        large, form = Image.fromarray(pixels), FORMATS[result.suffix.lower()]
+        if image.mode in ("L", "LA"):
+            large = large.convert("L")
+        if "A" in image.mode:
+            large.putalpha(image.getchannel("A").resize(large.size, Image.Resampling.BICUBIC))
+        if outscale:
+            large = large.resize([max(1, round(side * outscale)) for side in image.size], Image.Resampling.LANCZOS)
         result.parent.mkdir(parents=True, exist_ok=True)
         with srgan.replacing(result) as temporary:
             large.save(temporary, form, **image.info, **SAVE.get(form, {}))
-    except (ValueError, OSError) as error:  # a full disk, or more pixels than the format allows
-        raise InputError(f"{result}: cannot be written ({srgan.one_line(error)})") from None
+    except Exception as error:  # a full disk, no memory, more pixels than the format allows: whatever Pillow raises
+        raise InputError(f"{result}: cannot be written ({srgan.one_line(error) or type(error).__name__})") from None
 
 
 def ahead(pool, function, items, n):
@@ -192,12 +196,12 @@ def main():
             failures.append(str(error))
 
     # Files are decoded and saved by threads while the next pictures are computed.
-    with ThreadPoolExecutor() as pool:
-        opened = ((image, job[1]) for job, future in ahead(pool, decode, jobs, 4) if (image := result_of(future)) is not None)
+    pool = ThreadPoolExecutor()
+    try:
+        opened = ((image, job[1]) for job, future in ahead(pool, decode, jobs, 2) if (image := result_of(future)) is not None)
         for group in together(tqdm(opened, total=len(jobs), unit="picture", disable=len(jobs) == 1 or not sys.stderr.isatty())):
-            pixels = np.stack([np.array(image.convert("RGB")) for image, _ in group])
             try:
-                results = srgan.upscale(generator, pixels, **options)
+                results = srgan.upscale(generator, np.stack([np.array(image.convert("RGB")) for image, _ in group]), **options)
             except (RuntimeError, MemoryError) as error:
                 if not srgan.is_out_of_memory(error):
                     raise
@@ -205,15 +209,18 @@ def main():
                 continue
             for (image, result), large in zip(group, results):
                 saving.append((pool.submit(encode, image, large, args.outscale, result), large.nbytes))
-            while saving and sum(size for _, size in saving) > IN_FLIGHT:
+            results = large = None
+            while len(saving) > 1 and sum(size for _, size in saving) > IN_FLIGHT:
                 result_of(saving.popleft()[0])
         for future, _ in saving:
             result_of(future)
-    if len(failures) == len(jobs) == 1:
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interruption waits for nothing that has not begun
+    if len(failures) == len(jobs) == 1 and not skipped:
         raise InputError(failures[0])
     for failure in failures:
-        print(failure, file=sys.stderr)
-    return 0 if not failures else 1 if len(failures) < len(jobs) else 2
+        srgan.say(failure)
+    return 0 if not failures else 1 if len(failures) < len(jobs) + skipped else 2
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python tests/benchmark.py [--device cuda] [--rounds 9] [--only update ...] [--json FILE]
 
-Each figure stands beside its baseline, timed in turn with it in one run: for the networks, the
-plain form of the same (fp32, channels-first, eager, Fig. 4 as drawn, in a process of its own); for
-the patch store, Pillow alone. The ratio is the median over the rounds, of pairs that follow each
-other; the spread is the range of its middle half. The share is of the fastest arithmetic that the
-device showed in this run, in matrix products or convolutions of the same precision.
+Updates and upscaling stand beside a baseline that is timed in turn with them: the plain form of the
+same networks, fp32, channels-first, eager, Fig. 4 as drawn, in a process of its own; making the
+patch store stands beside Pillow alone. The ratio is the median over pairs that follow each other,
+the spread the range of its middle half. The share counts the operations of the plain form, against
+the fastest arithmetic that the device showed in this run, in matrix products or convolutions.
 
     update       SRResNet and SRGAN-VGG54 updates of 16 patches of 96x96
     upscale      pictures of 128x128 and 256x256
@@ -143,6 +143,7 @@ def make_upscale(device, plain, side=128, precision=None):
 
 
 def _worker(pipe, make, device, args):
+    torch.backends.cudnn.benchmark = True
     function = make(device=torch.device(device), plain=True, **args)
     while pipe.recv():
         pipe.send(seconds(function, torch.device(device)))
@@ -153,6 +154,7 @@ def against_plain(title, unit, make, device, rounds, rates, **args):
     mine, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_worker, args=(theirs, make, str(device), args), daemon=True)
     process.start()
+    theirs.close()
 
     def plain():
         mine.send(True)

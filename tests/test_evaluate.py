@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +127,28 @@ def test_the_three_parts_of_a_split_are_all_of_it(script, tmp_path):
         parts[part] = set(json.loads((tmp_path / "r.json").read_text())["models"]["bicubic"]["images"])
     assert [len(parts[part]) for part in ("train", "val", "test")] == [32, 6, 2] and len(set.union(*parts.values())) == 40
     assert parts["test"] == {'000005', '000009'}  # on any machine
+
+
+def test_results_never_take_the_place_of_inputs(script, photos, tmp_path, one_line):
+    hr = tmp_path / "set"
+    hr.mkdir()
+    (hr / "p0.png").write_bytes((photos / "p0.png").read_bytes())
+    srgan.save_checkpoint(tmp_path / "g.pth", srgan.Generator(channels=4, n_blocks=1))
+    for args, words in (((*("--save-images",), hr), "holds inputs"), (("--csv", "g.pth"), "never overwritten"), (("--json", hr / "p0.png"), "never overwritten"),
+                        (("--json", "no/where.json"), "no such folder")):
+        before = (hr / "p0.png").read_bytes(), (tmp_path / "g.pth").read_bytes()
+        status, _, err = script("evaluate", "--data", hr, "--ckpt", "g.pth", "--no-lpips", *args)
+        assert status == 2 and words in err, err
+        one_line(err)
+        assert before == ((hr / "p0.png").read_bytes(), (tmp_path / "g.pth").read_bytes())
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert script("evaluate", "--data", hr, "--no-lpips", "--csv", "link.csv", "--json", "/dev/null")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").stat().st_size and not Path("/dev/null").is_file()
+
+
+def test_a_strange_checkpoints_configuration_is_no_traceback(script, photos, tmp_path, one_line):
+    g = srgan.Generator(channels=4, n_blocks=1)
+    for config, val in ((3, ""), ({"kernel": [1]}, ""), ({"split": "abc"}, ""), ({}, torch.ones(3))):
+        srgan.save_checkpoint(tmp_path / "g.pth", g, config=config, val=val)
+        status, _, err = script("evaluate", "--data", photos, "--ckpt", "g.pth", "--no-lpips", "--split", "val")
+        assert status in (0, 2) and "Traceback" not in err

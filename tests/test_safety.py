@@ -70,12 +70,95 @@ def test_two_runs_do_not_share_a_folder(script, photos, tmp_path, one_line):
         process.wait()
 
 
-def test_half_written_files_of_a_killed_run_are_removed(script, photos, tmp_path):
-    out = tmp_path / "runs/srresnet"
-    out.mkdir(parents=True)
-    (out / ".123.456.pth").write_text("half")
+def test_half_written_files_of_a_killed_run_are_removed_and_no_others(script, photos, tmp_path):
+    out, mine, running = tmp_path / "runs/srresnet", ".1password.2024.backup", f".{os.getpid()}.1.pth"
+    (out / "samples").mkdir(parents=True), (tmp_path / "cache").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [folder / f".{ended.pid}.456.{suffix}" for folder, suffix in ((out, "pth"), (out / "samples", "png"), (tmp_path / "cache", "pixels"))]
+    for path in (*left, out / mine, out / running):
+        path.write_text("half")
     assert script("train", "--data", photos, "--val", photos, "--stage", "srresnet", *TINY, "--epochs", "1", "--steps-per-epoch", "1")[0] == 0
-    assert not (out / ".123.456.pth").exists()
+    assert not any(path.exists() for path in left) and (out / mine).exists() and (out / running).exists()
+
+
+def test_a_run_folder_is_none_of_the_inputs(script, photos, tmp_path, one_line, stage_1_run):
+    (tmp_path / "mine/samples").mkdir(parents=True)
+    for path in photos.iterdir():
+        (tmp_path / "mine/samples" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "mine/config.json").write_text("{}")
+    for args, words in ((("--data", "mine", "--out", "mine"), "holds inputs"), (("--data", photos, "--config", "mine/config.json", "--out", "mine"), "holds inputs"),
+                        (("--data", photos, "--resume", stage_1_run / "checkpoint_latest.pth", "--out", "other"), "another run")):
+        if words == "another run":
+            shutil.copytree(stage_1_run, tmp_path / "other")
+        status, _, err = script("train", "--val", photos, "--stage", "srresnet", *TINY, "--epochs", "9", *args)
+        assert status == 2 and words in err, err
+        one_line(err)
+
+
+@pytest.fixture
+def stage_1_run(script, photos, tmp_path):
+    status, _, err = script("train", "--data", photos, "--val", photos, "--stage", "srresnet", *TINY, "--epochs", "1", "--steps-per-epoch", "2", "--out", "first")
+    assert status == 0, err
+    return tmp_path / "first"
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(script, photos, tmp_path, monkeypatch):
+    """The last update of an epoch has a good loss and ruins the weights: the run goes back, and ends with good ones."""
+    calls, real = [], torch.optim.Adam.step
+
+    def step(optimizer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            optimizer.param_groups[0]["params"][0].grad[0, 0, 0, 0] = torch.nan
+        return real(optimizer, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    status, out, err = script("train", "--data", photos, "--val", photos, "--stage", "srresnet", *TINY, "--epochs", "3", "--steps-per-epoch", "2")
+    assert status == 0 and "weights" in out + err and "going on from update 2" in out + err, err
+    srgan.load_generator(tmp_path / "runs/srresnet/checkpoint_latest.pth")
+
+
+def test_validation_pictures_that_cannot_be_measured_are_left_out(script, photos, tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.fromarray(photo(60, 70)).save(tmp_path / "val/good.png"), Image.fromarray(photo(9, 9)).save(tmp_path / "val/small.png")
+    (tmp_path / "val/bad.png").write_bytes((tmp_path / "val/good.png").read_bytes()[:300])
+    args = ("--data", photos, "--stage", "srresnet", *TINY, "--epochs", "1", "--steps-per-epoch", "1", "--val", "val")
+    status, out, err = script("train", *args)
+    assert status == 0 and "1 to validate on" in out and err.count("left out of the validation") == 2
+    (tmp_path / "val/good.png").unlink()
+    assert script("train", *args, "--out", "none")[0] == 2
+
+
+def test_strange_states_are_refused_when_resumed(script, photos, tmp_path, one_line, stage_1_run):
+    good = torch.load(stage_1_run / "checkpoint_latest.pth")
+    for i, changes in enumerate([{"step": "x"}, {"config": None}, {"config": {3: 4}}, {"training": 3}, {"generator": 3}, {"best": 3, "training": {}}, {"stage": "other"}]):
+        torch.save({**good, **changes}, tmp_path / "strange.pth")
+        status, _, err = script("train", "--data", photos, "--val", photos, "--stage", "srresnet", "--resume", "strange.pth", "--epochs", "2", "--out", f"o{i}")
+        assert status == 2, changes
+        one_line(err)
+
+
+def test_strange_feature_weights_are_refused(script, photos, tmp_path, one_line):
+    for state in ({1: torch.ones(2)}, {"features.0.weight": 3}, {"features.0.weight": torch.ones(64, 3, 3, 3, device="meta")}):
+        torch.save(state, tmp_path / "vgg.pth")
+        with pytest.raises(srgan.InputError, match="holds no weights"):
+            srgan.TruncatedVGG19("1_2", tmp_path / "vgg.pth")
+
+
+@pytest.mark.parametrize("damage", [lambda table: table[:1], lambda table: -table, lambda table: table.astype(float), lambda table: table[:, :2]])
+def test_a_damaged_index_of_the_store_is_made_again(tmp_path, damage):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.fromarray(photo(60, 70, i)).save(tmp_path / "photos" / f"{i}.png")
+    paths = srgan.find_images(tmp_path / "photos")
+    whole = srgan.Patches(paths, 16, cache=tmp_path / "cache").pixels.clone()
+    index, = (tmp_path / "cache").glob("*.npy")
+    np.save(index, damage(np.load(index)))
+    assert torch.equal(srgan.Patches(paths, 16, cache=tmp_path / "cache").pixels, whole)
+    pixels, = (tmp_path / "cache").glob("*.pixels")
+    with open(pixels, "ab") as file:
+        file.write(b"x")
+    assert torch.equal(srgan.Patches(paths, 16, cache=tmp_path / "cache").pixels, whole)
 
 
 def test_the_store_is_made_once_for_two_processes_at_once(photos, tmp_path, monkeypatch):
@@ -160,7 +243,7 @@ def test_the_losses_of_a_short_training_are_those_recorded(script, photos, tmp_p
     assert status == 0, err
     rows = [[float(row[name]) for name in train.LOSSES] for row in csv.DictReader(open(tmp_path / f"runs/{stage}/metrics.csv"))]
     assert [row[1:3] for row in rows] == [pytest.approx(row[1:3], rel=1e-5) for row in PINNED[stage]]
-    assert rows == [pytest.approx(row, rel=5e-3 if stage == "gan" else 1e-5) for row in PINNED[stage]]
+    assert rows == [pytest.approx(row, rel=5e-3 if stage == "gan" and i else 2e-5) for i, row in enumerate(PINNED[stage])]
 
 
 # Pictures
@@ -185,6 +268,16 @@ def test_a_picture_that_claims_to_be_huge_is_refused_with_its_size_unless_allowe
     Image.fromarray(photo(20, 30)).save(tmp_path / "a.png")
     assert script("upscale", "a.png", "out.png", "--ckpt", ckpt, "--max-megapixels", "0.0005")[0] == 2
     assert script("upscale", "a.png", "out.png", "--ckpt", ckpt, "--max-megapixels", "0.0006")[0] == 0
+
+
+def test_only_formats_of_pictures_are_decoded_whatever_the_name_says(tmp_path):
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    Image.fromarray(photo(32, 32)).save(tmp_path / "x.ico")
+    (tmp_path / "x.ico").rename(tmp_path / "ico.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("eps.png", "ico.png", "pipe.png"):
+        with pytest.raises(srgan.InputError, match=name):
+            srgan.open_image(tmp_path / name)
 
 
 def test_bad_training_pictures_are_skipped_and_counted(script, photos, tmp_path):
@@ -319,7 +412,14 @@ def test_strange_checkpoints_are_one_line_each_and_take_no_memory(script, tmp_pa
         return {**good, "generator": {**good["generator"], **changes}}
     bias, huge = good["generator"]["tail.bias"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
     missing = {key: value for key, value in good["generator"].items() if key != "tail.bias"}
+    meta = {key: value.to("meta") for key, value in good["generator"].items()}
+    shared = {key: torch.zeros(()).expand(value.shape) for key, value in good["generator"].items()}
+    laughs = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
     cases = {
+        "meta": ({**good, "generator": meta}, "another architecture"), "shared": ({**good, "generator": shared}, "another architecture"),
+        "laughs": ({**good, "arch": {**good["arch"], "block": laughs}}, "another architecture"),
         "nan": (weights(**{"tail.bias": bias * torch.nan}), "not finite"), "inf": (weights(**{"tail.bias": bias + torch.inf}), "not finite"),
         "missing": ({**good, "generator": missing}, "another architecture"), "shape": (weights(**{"tail.bias": torch.zeros(4)}), "another architecture"),
         "expanded": ({**weights(**{"tail.weight": huge}), "arch": {**good["arch"], "channels": 10 ** 6}}, "another architecture"),

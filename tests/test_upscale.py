@@ -138,7 +138,7 @@ def test_what_a_user_can_cause_is_one_line_and_status_2(script, ckpt, tmp_path, 
 
 def test_options_without_sense_are_refused(script, tmp_path):
     RGB.save(tmp_path / "a.png")
-    for options in (("--blend", "1.5"), ("--outscale", "0"), ("--tile", "-1"), ("--ckpt", "x", "--model", "srgan"), ("--outscale", "nan")):
+    for options in (("--blend", "1.5"), ("--outscale", "0"), ("--tile", "-1"), ("--ckpt", "x", "--model", "srgan"), ("--outscale", "nan"), ("--max-megapixels", "nan"), ("--max-megapixels", "0")):
         assert script("upscale", "a.png", "out.png", *options)[0] == 2
 
 
@@ -174,3 +174,41 @@ def test_the_readme_command_works_without_torchvision_or_lpips(tmp_path):
     assert large.size == tuple(4 * n for n in small.size)
     lr = np.asarray(large.resize(small.size, Image.Resampling.BICUBIC).convert("RGB"))
     assert srgan.psnr(lr, np.asarray(small.convert("RGB")), shave=2) > 30  # what was upscaled is the picture
+
+
+def test_pictures_of_a_folder_are_computed_together_and_saved_meanwhile(script, ckpt, tmp_path, monkeypatch):
+    import upscale
+    (tmp_path / "in").mkdir()
+    sizes = [(20, 30)] * 5 + [(30, 20)] * 2 + [(150, 150)] * 2 + [(20, 30)]
+    for i, size in enumerate(sizes):
+        Image.fromarray(photo(*size, i)).save(tmp_path / "in" / f"{i}.png")
+    shapes, real = [], srgan.upscale
+    monkeypatch.setattr(srgan, "upscale", lambda generator, pictures, **options: (shapes.append(pictures.shape[:3]), real(generator, pictures, **options))[1])
+    monkeypatch.setattr(upscale, "TOGETHER", 3 * 20 * 30)
+    assert script("upscale", "in", "out", "--ckpt", ckpt, "--precision", "fp32")[0] == 0
+    assert shapes == [(3, 20, 30), (2, 20, 30), (2, 30, 20), (1, 150, 150), (1, 150, 150), (1, 20, 30)]
+    generator = srgan.load_generator(ckpt)
+    for i, size in enumerate(sizes):
+        result = np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int)
+        assert np.abs(result - real(generator, photo(*size, i))).max() <= 1
+
+
+def test_a_result_that_cannot_be_saved_fails_alone(script, ckpt, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        RGB.save(tmp_path / "in" / f"{name}.png")
+    real = Image.Image.save
+
+    def save(image, path, *args, **options):
+        if len(list((tmp_path / "out").glob("[a-z].png"))) == 1:
+            raise MemoryError
+        real(image, path, *args, **options)
+    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr("upscale.ThreadPoolExecutor", lambda real=__import__("concurrent.futures").futures.ThreadPoolExecutor: real(1))
+    status, _, err = script("upscale", "in", "out", "--ckpt", ckpt)
+    assert status == 1 and err.count("cannot be written (MemoryError)") == 2
+
+
+def test_impossible_densities_are_dropped(script, ckpt, tmp_path):
+    result = upscaled(script, ckpt, tmp_path, RGB, "a.tif", dpi=(4e9, 4e9))
+    assert result.size == (120, 80) and "dpi" not in result.info

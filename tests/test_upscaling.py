@@ -59,6 +59,14 @@ def test_where_memory_is_short_tiles_are_halved_until_they_fit(generator):
         srgan.upscale(monkey, image)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"),
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("could not create a memory object")])
+def test_short_memory_is_recognised_in_every_wording(error):
+    assert srgan.is_out_of_memory(error)
+    assert not srgan.is_out_of_memory(RuntimeError("shapes do not match")) and not srgan.is_out_of_memory(ValueError("out of memory"))
+
+
 def test_several_pictures_of_one_size_go_together(generator):
     pictures = np.stack([photo(20, 28, seed) for seed in range(3)])
     together = srgan.upscale(generator, pictures, tile=16)
