@@ -1155,7 +1155,9 @@ def load_checkpoint(path, device="cpu"):
             with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what is packed grows without bounds
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("compressed")
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles, which either load or do not
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises exceptions of many types on files of other kinds
