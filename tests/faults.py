@@ -10,6 +10,7 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -56,16 +57,14 @@ def kill(folder, times, seed=0):
                 break
         process.send_signal(signal.SIGKILL)
         rest, status = process.stdout.read(), process.wait()
-        if status != -signal.SIGKILL:
-            assert status == 0, (beginning + rest).decode()
-            seen["finished early"] += 1
-            for path in sorted(folder.glob("killed/*")) * (srgan.load_checkpoint(latest)["step"] == 80):
-                path.unlink() if path.is_file() else None  # begin again, to kill that, too
-        else:
+        if status == -signal.SIGKILL:
             seen["killed"] += 1
             seen["inside a save"] += any(folder.glob("killed/.[0-9]*.[0-9]*.*"))
-            if latest.exists():
-                srgan.load_checkpoint(latest)
+        else:
+            assert status == 0, (beginning + rest).decode()
+            seen["finished early"] += 1
+        if latest.exists() and srgan.load_checkpoint(latest)["step"] == 80:  # done: begin again, to kill that, too
+            shutil.rmtree(folder / "killed")
         command = training(folder, "killed", *["--resume"] * latest.exists())
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
