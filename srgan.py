@@ -505,7 +505,7 @@ class _PReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, a = ctx.saved_tensors
-        slope = (gradient * x.clamp(max=0)).sum(dtype=a.dtype).view_as(a)
+        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)  # summed in float32, not copied to it
         return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
 
 

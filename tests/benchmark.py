@@ -226,8 +226,10 @@ def grow(device, rounds):
             "side, device = int(sys.argv[3]), torch.device(sys.argv[4])\n"
             "g = srgan.optimize_for_inference(srgan.load_generator(sys.argv[1] + '/weights/srresnet.pth', device))\n"
             "p, precision = np.tile(photo(250, 250), (side // 250 + 1, side // 250 + 1, 1))[:side, :side].copy(), srgan.pick_precision(device)\n"
-            "srgan.upscale(g, p[:64, :64], precision=precision)\nbefore, began = train.memory_mb(device), time.perf_counter()\n"
-            "srgan.upscale(g, p, precision=precision)\nprint(time.perf_counter() - began, train.memory_mb(device) - before)")
+            "def peak():  # Linux; getrusage would count this process's parent\n"
+            "    return train.memory_mb(device) if device.type == 'cuda' else int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
+            "srgan.upscale(g, p[:64, :64], precision=precision)\nbefore, began = peak(), time.perf_counter()\n"
+            "srgan.upscale(g, p, precision=precision)\nprint(time.perf_counter() - began, peak() - before)")
     for megapixels in (0.1, 1, 10, 33, 100):
         side = round((megapixels * 1e6 / 16) ** 0.5)
         done = subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "tests", str(side), str(device)], check=True, capture_output=True, text=True)
