@@ -445,7 +445,7 @@ def _find_or_make_store(paths, file, store, unchanged):
     total = max(int((start + size.prod(1)).max()), 1)
     if store == "never":
         return start, size, None
-    if not file.exists() or file.stat().st_size != total * 3:
+    if not file.exists() or file.stat().st_size < total * 3 or file.stat().st_size % 3:  # larger where the last picture is broken
         free = shutil.disk_usage(cache).free
         if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
             print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding as they are needed",

@@ -192,6 +192,18 @@ def test_a_store_that_was_cut_off_or_whose_pictures_changed_is_made_again(tmp_pa
     assert np.array_equal(pixels()[1], photo(60, 70, 5)) and np.array_equal(pixels()[0], whole[0])
 
 
+def test_a_store_with_a_broken_picture_at_its_end_is_made_once(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "z.png"):
+        Image.fromarray(photo(60, 70)).save(tmp_path / "photos" / name)
+    os.truncate(tmp_path / "photos/z.png", 3000)
+    opened, real = [], srgan.open_rgb
+    monkeypatch.setattr(srgan, "open_rgb", lambda path: (opened.append(path), real(path))[1])
+    for _ in range(3):
+        srgan.Patches(srgan.find_images(tmp_path / "photos"), 16, cache=tmp_path / "cache")
+    assert len(opened) == 2
+
+
 def test_pictures_that_change_while_they_are_decoded_make_no_store(photos, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     Image.fromarray(photo(60, 70)).save(tmp_path / "photos/a.png")
