@@ -530,7 +530,7 @@ def main():
                 yield from (sum(several, ()) for several in zip(*[one] * d_steps))
 
     def shifted(*pictures):
-        """Pictures moved alike, cyclically, by up to stage["shift"] pixels: the grids of D's and phi's strides then leave no trace in G."""
+        """Pictures moved alike, cyclically, by up to stage["shift"] pixels: D's and phi's strides then meet G's grid at every offset."""
         for dim in (2, 3) * bool(stage.get("shift")):
             pictures = [x.index_select(dim, (torch.arange(x.shape[dim], device=device) - shift[dim - 2]) % x.shape[dim]) for x in pictures]
         return [x.contiguous(memory_format=torch.channels_last) for x in pictures]
