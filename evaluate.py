@@ -125,8 +125,10 @@ def main():
             lr, hr = srgan.open_pair(hr_path, lr_path, scale, kernel)
             pictures = [srgan.bicubic(lr, scale)] + [srgan.upscale(g, lr) for g in generators.values()]
             row = [srgan.measure(sr, hr, shave, not args.rgb, lpips) for sr in pictures]
-        except ValueError as error:  # unreadable, or smaller than what the metrics need
-            srgan.say(f"{stem}: {error}")
+        except (ValueError, MemoryError, RuntimeError) as error:  # unreadable, smaller than what the metrics need, or too large
+            if not isinstance(error, ValueError) and not srgan.is_out_of_memory(error):
+                raise
+            srgan.say(f"{stem}: {error if isinstance(error, ValueError) else 'out of memory'}")
             failed += 1
             continue
         for model, score in zip(models, row):
