@@ -76,7 +76,7 @@ def save_pictures(folder, names, stem, pictures, hr, scores):
 
 def check_outputs(args, pairs):
     """Raise InputError where a result would take the place of an input, or has no folder."""
-    inputs = {os.path.realpath(path) for path in (*args.ckpt, *(path for _, *both in pairs for path in both if path))}
+    inputs = srgan.real_paths(pairs, *args.ckpt)
     for path in filter(None, (args.json, args.csv)):
         if os.path.realpath(path) in inputs:
             raise InputError(f"{path} is an input, which is never overwritten; name another output")
@@ -126,9 +126,10 @@ def main():
             pictures = [srgan.bicubic(lr, scale)] + [srgan.upscale(g, lr) for g in generators.values()]
             row = [srgan.measure(sr, hr, shave, not args.rgb, lpips) for sr in pictures]
         except (ValueError, MemoryError, RuntimeError) as error:  # unreadable, smaller than what the metrics need, or too large
-            if not isinstance(error, ValueError) and not srgan.is_out_of_memory(error):
+            too_large = srgan.is_out_of_memory(error)
+            if isinstance(error, RuntimeError) and not too_large:
                 raise
-            srgan.say(f"{stem}: {error if isinstance(error, ValueError) else 'out of memory'}")
+            srgan.say(f"{stem}: {'out of memory' if too_large else error}")
             failed += 1
             continue
         for model, score in zip(models, row):

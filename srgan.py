@@ -75,10 +75,15 @@ def find_images(path):
     return found
 
 
+def check_file(path):
+    """Raise InputError for what exists and is no file: a pipe would wait for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: not a file")
+
+
 def open_within_limit(path):
     """Image.open, reading the header alone. Raises InputError for more than MAX_MEGAPIXELS."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError("not a file")  # a pipe would wait for ever
+    check_file(path)
     file = Image.open(path, formats=FORMATS)
     if file.width * file.height > MAX_MEGAPIXELS * 1e6:
         file.close()
@@ -199,6 +204,11 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
             raise InputError(f"{path}: {lr_folder} holds no LR picture for it (looked for {', '.join(names)})")
         pairs.append((stem, path, match))
     return pairs
+
+
+def real_paths(pairs, *more):
+    """{absolute path without links} of all files of find_pairs, and of `more` files."""
+    return {os.path.realpath(path) for path in (*more, *(path for _, *both in pairs for path in both)) if path}
 
 
 def _by_stem(folder):
@@ -1148,8 +1158,7 @@ def save_checkpoint(path, generator, **more):
 
 def load_checkpoint(path, device="cpu"):
     """A dictionary that torch.save wrote; nothing in the file is executed. Raises InputError where it is none."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"{path}: not a file")
+    check_file(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what is packed grows without bounds

@@ -130,8 +130,7 @@ def parse_json(text):
 
 def read_json(path):
     """A JSON file's content. Raises InputError."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"{path}: not a file")
+    srgan.check_file(path)
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -440,9 +439,7 @@ def main():
         pairs = [(path.stem, path, None) for path in held_out]
         data = {path: data[path] for path in sorted({*parts["train"], *parts["val"]} - {*held_out})}
 
-    inputs = [os.path.realpath(path) for path in (*data, *(path for _, *both in pairs for path in both if path))]
-    own = os.path.realpath(out) + os.sep
-    if any(path.startswith(own) for path in (*inputs, *(os.path.realpath(path) for path in (args.config, args.init) if path))):
+    if any(path.startswith(os.path.realpath(out) + os.sep) for path in srgan.real_paths(pairs, *data, args.config, args.init)):
         raise InputError(f"{out} holds inputs; name another run folder with --out")
     if not held:
         claim()

@@ -81,6 +81,14 @@ def arithmetic(device):
     return rates
 
 
+def as_drawn(generator):
+    """The generator with Fig. 4's own order of layers and torch's PReLU."""
+    generator.enlarge = generator.enlarge_as_drawn
+    for module in [m for m in generator.modules() if isinstance(m, srgan.PReLU)]:
+        module.__class__ = torch.nn.PReLU
+    return generator
+
+
 def make_update(stage, device, plain, batch=16, patch=96):
     """A function that makes one update as train.py does, or plainly."""
     torch.manual_seed(0)
@@ -92,9 +100,7 @@ def make_update(stage, device, plain, batch=16, patch=96):
         networks[2].features.bfloat16()
     generator, discriminator = networks[0], networks[1] if stage == "gan" else None
     if plain:
-        generator.enlarge = generator.enlarge_as_drawn
-        for module in [m for m in generator.modules() if isinstance(m, srgan.PReLU)]:
-            module.__class__ = torch.nn.PReLU
+        as_drawn(generator)
     fast = not plain and device.type == "cuda"
     G, D, phi = [*(torch.compile(network) if fast else network for network in networks), None, None][:3]
     optimizers = [torch.optim.Adam(network.parameters(), 1e-4, fused=not plain, capturable=fast) for network in networks[:2]]
@@ -124,22 +130,20 @@ def make_update(stage, device, plain, batch=16, patch=96):
     return lambda: update(lr, hr)
 
 
-def make_upscale(device, plain, side=128, precision=None):
+def make_upscale(device, plain, side=128):
     """A function that upscales one picture as upscale.py does, or plainly."""
     picture = photo(side, side)
     if plain:
-        generator = srgan.Generator().to(device).eval()
-        for module in [m for m in generator.modules() if isinstance(m, srgan.PReLU)]:
-            module.__class__ = torch.nn.PReLU
+        generator = as_drawn(srgan.Generator().to(device).eval())
 
         @torch.inference_mode()
         def upscale():
             x = torch.from_numpy(picture).permute(2, 0, 1)[None].float().div(255).to(device)
-            sr = generator.enlarge_as_drawn(generator.features(x))
+            sr = generator(x)
             return sr.add(1).mul(127.5).round().clamp(0, 255).byte()[0].permute(1, 2, 0).cpu().numpy()
         return upscale
     generator = srgan.optimize_for_inference(srgan.Generator().to(device, memory_format=torch.channels_last))
-    return lambda: srgan.upscale(generator, picture, precision=precision or srgan.pick_precision(device))
+    return lambda: srgan.upscale(generator, picture, precision=srgan.pick_precision(device))
 
 
 def _worker(pipe, make, device, args):
