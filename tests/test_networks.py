@@ -248,6 +248,20 @@ def test_losses_are_the_papers_equations():
     assert sr.grad.any() and hr.grad is None
 
 
+@pytest.mark.parametrize("scale", srgan.SCALES)
+def test_the_grid_loss_sees_what_repeats_in_every_lr_pixel_and_nothing_else(scale):
+    hr = torch.rand(2, 3, 16 * scale, 24 * scale) * 2 - 1
+    pattern = torch.randn(3, scale, scale)
+    grid = pattern.repeat(1, 16, 24)
+    assert srgan.grid_loss(hr + grid, hr, scale).item() == pytest.approx(pattern.abs().mean().item(), rel=1e-4)
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 12)  # as strong, and another in the next LR pixel
+    texture = grid * signs.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    assert srgan.grid_loss(hr + texture, hr, scale).item() < 1e-5
+    moved = [x.roll((3, 5), (2, 3)) for x in (hr + grid, hr)]  # as gan.shift moves them
+    assert srgan.grid_loss(*moved, scale).item() == pytest.approx(pattern.abs().mean().item(), rel=1e-4)
+    assert srgan.grid_loss(hr[:, :, :scale, :scale], hr[:, :, :scale, :scale] + 1, scale).item() == pytest.approx(1, rel=1e-5)
+
+
 def test_the_variants_of_the_discriminator_are_what_they_say():
     d = srgan.Discriminator(channels=(64, 128, 128, 256, 256, 512, 512, 512), first_kernel=9, norm="instance", pool=6)
     first, *rest = [m for m in d.features if isinstance(m, nn.Conv2d)]
