@@ -39,7 +39,7 @@ import srgan
 from srgan import InputError
 
 HERE = Path(__file__).parent
-LOSSES = ("loss", "pixel", "content", "grid", "adversarial", "discriminator", "d_real", "d_fake")  # d_: D's mean logit or score
+LOSSES = ("loss", "pixel", "content", "grid", "spectrum", "adversarial", "discriminator", "d_real", "d_fake")  # d_: D's mean logit or score
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
            "updates_per_s", "memory_mb")
@@ -86,7 +86,8 @@ RULES = {
     "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and 8 <= g[1] <= 4096 for g in v)
              and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size from 8 to 4096] in ascending order"),
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
-    "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "grid_weight": between(0, 1e6), "adversarial_weight": between(1e-12, 1e6),
+    "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "grid_weight": between(0, 1e6), "spectrum_weight": between(0, 1e6),
+    "adversarial_weight": between(1e-12, 1e6),
     "gradient_penalty": between(0, 1e6), "discriminator_steps": between(1, 100), "shift": between(0, 64), "freeze_batch_norm": one_of(True, False),
 }
 
@@ -555,6 +556,8 @@ def main():
                 value["content"] = srgan.content_loss(phi, sr, hr)
             if stage.get("grid_weight"):
                 value["grid"] = srgan.grid_loss(sr, hr, scale)
+            if stage.get("spectrum_weight"):
+                value["spectrum"] = srgan.spectrum_loss(sr, hr)
             if D is not None:
                 with torch.no_grad():
                     real = D(hr) if stage["adversarial_loss"] == "relativistic" else None

@@ -262,6 +262,23 @@ def test_the_grid_loss_sees_what_repeats_in_every_lr_pixel_and_nothing_else(scal
     assert srgan.grid_loss(hr[:, :, :scale, :scale], hr[:, :, :scale, :scale] + 1, scale).item() == pytest.approx(1, rel=1e-5)
 
 
+def test_the_spectrum_loss_lets_texture_lie_anywhere_but_wants_its_strength_and_grain():
+    """All of these differ from HR by about the same in every pixel."""
+    torch.manual_seed(0)
+    x = torch.arange(96) * 2 * torch.pi / 4
+    wave = 0.3 * torch.sin(x).expand(1, 3, 96, 96)
+    moved = 0.3 * torch.cos(x).expand(1, 3, 96, 96)
+    assert srgan.spectrum_loss(moved, wave) < 0.01 * srgan.spectrum_loss(torch.zeros_like(wave), wave)
+    hr, other, colourful = (0.2 * torch.randn(4, n, 96, 96).expand(4, 3, 96, 96) for n in (1, 1, 3))
+    other.requires_grad_()
+    texture, blur = srgan.spectrum_loss(other, hr), srgan.spectrum_loss(torch.zeros_like(hr), hr)
+    regular = srgan.spectrum_loss(0.2 * 2 ** 0.5 * torch.sin(x).expand(4, 3, 96, 96), hr)
+    assert texture < 0.7 * blur and texture < 0.7 * regular and texture < 0.7 * srgan.spectrum_loss(colourful, hr)
+    texture.backward()
+    assert other.grad.isfinite().all() and other.grad.any() and srgan.spectrum_loss(hr, hr) == 0
+    assert srgan.spectrum_loss(hr[..., :8, :8], hr[..., :8, :8] + 1) > 0  # patches smaller than a window
+
+
 def test_the_variants_of_the_discriminator_are_what_they_say():
     d = srgan.Discriminator(channels=(64, 128, 128, 256, 256, 512, 512, 512), first_kernel=9, norm="instance", pool=6)
     first, *rest = [m for m in d.features if isinstance(m, nn.Conv2d)]

@@ -327,7 +327,7 @@ SOURCES = {  # what the paper and the projects fix, written down once more
     "coco": {"srresnet.pixel_loss": "mse", "discriminator.first_kernel": 9, "gan.adversarial_loss": "bce", "store": "never"},
     "progressive": {"patch_size": 96, "srresnet.grow": [[501, 128], [801, 256]], "gan.grow": [[101, 128], [151, 256]]},
     "esrgan": {"block": "rrdb", "gan.adversarial_loss": "relativistic", "gan.pixel_loss": "l1", "gan.pixel_weight": 0.01, "gan.adversarial_weight": 0.005},
-    "light": {"content_network": "squeezenet1_1:4", "gan.grid_weight": 3, "gan.shift": 7, "gan.freeze_batch_norm": True,
+    "light": {"content_network": "squeezenet1_1:4", "gan.grid_weight": 3, "gan.spectrum_weight": 3, "gan.shift": 7, "gan.freeze_batch_norm": True,
               "gan.adversarial_loss": "bce"},
     "frozen-bn": {"gan.freeze_batch_norm": True},
 }
@@ -357,7 +357,7 @@ def test_every_preset_trains_both_stages(script, photos, tmp_path, preset):
         state = srgan.load_checkpoint(tmp_path / "runs" / stage / "checkpoint_latest.pth")
         row = list(csv.DictReader(open(tmp_path / "runs" / stage / "metrics.csv")))[-1]
         assert state["step"] == 2 and float(row["loss"]) != 0 and all(torch.isfinite(v).all() for v in state["generator"].values())
-        for term in ("pixel", "content", "grid"):
+        for term in ("pixel", "content", "grid", "spectrum"):
             assert (float(row[term]) > 0) == (state["config"][stage].get(term + "_weight", 0) > 0)
 
 
