@@ -1,6 +1,6 @@
 """Measure generators on a test set by the protocol of the field: PSNR and SSIM on Y, a border of `scale` pixels removed, 8 bits.
 
-    python evaluate.py --ckpt runs/gan/checkpoint_best_psnr.pth weights/srresnet.pth --data Set14
+    python evaluate.py --ckpt runs/gan/checkpoint_latest.pth weights/srresnet.pth --data Set14
 
 DIR holds HR pictures, or HR/ and LR_bicubic_x4/. Without LR pictures they are made from the HR ones.
 Prints mean and standard deviation over the pictures, for bicubic upscaling and for each checkpoint.
@@ -104,7 +104,10 @@ def main():
         if isinstance(state.get("val"), str) and state["val"]:
             raise InputError(f"{args.ckpt[0]} was trained with --val {state['val']}: no part of its data was held out")
         try:
-            chosen = set(srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))[args.split])
+            parts = srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))
+            held_out = parts["val"][:config.get("validate_on") or None]  # what is left of val was trained on
+            chosen = {*(held_out if args.split == "val" else parts[args.split])}
+            chosen |= {*(parts["val"][len(held_out):] if args.split == "train" else ())}
         except (TypeError, ValueError):
             raise InputError(f"{args.ckpt[0]}: its configuration's split is none") from None
         pairs = [pair for pair in pairs if pair[1] in chosen]
@@ -114,11 +117,10 @@ def main():
     lpips, failed = None if args.no_lpips else srgan.try_lpips(device), 0
 
     models = ["bicubic", *generators]
-    folders = ["comparison", "bicubic"]
+    folders = ["bicubic"]
     for path in generators:  # such as gan_checkpoint_best_psnr
         name = "_".join(Path(path).with_suffix("").parts[-2:]).strip("/\\")
-        folders.append(name if name not in folders else f"{name}_{len(folders)}")
-    folders = folders[1:]
+        folders.append(name if name not in (*folders, "comparison") else f"{name}_{len(folders) + 1}")
     scores = {model: {} for model in models}
     for stem, hr_path, lr_path in tqdm(pairs, unit="picture", leave=False, disable=not sys.stderr.isatty()):
         try:

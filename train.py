@@ -547,7 +547,7 @@ def main():
         return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
     def generator_losses(sr, hr):
-        """The terms of Eq. 3 and their weighted sum."""
+        """The terms of Eq. 3, those beyond the paper that have a weight, and `loss`, their weighted sum."""
         value = {}
         with srgan.autocast(device, precision):
             if stage["pixel_weight"]:
@@ -639,7 +639,7 @@ def main():
         lr = learning_rate(stage, step, steps_per_epoch) * 0.5 ** recovered  # half the rate after each recovery
         rate.fill_(lr)
         if stage.get("shift"):
-            shift.copy_(torch.from_numpy(np.random.default_rng((config["seed"], rank, step, 2)).integers(0, stage["shift"] + 1, 2)))
+            shift.copy_(torch.from_numpy(np.random.default_rng((config["seed"], rank, step, 2)).integers(0, stage["shift"] + 1, 2)), non_blocking=True)
         losses = take(*next(stream))
         sums += losses
         step += 1

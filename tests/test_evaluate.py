@@ -127,6 +127,11 @@ def test_the_three_parts_of_a_split_are_all_of_it(script, tmp_path):
         parts[part] = set(json.loads((tmp_path / "r.json").read_text())["models"]["bicubic"]["images"])
     assert [len(parts[part]) for part in ("train", "val", "test")] == [32, 6, 2] and len(set.union(*parts.values())) == 40
     assert parts["test"] == {'000005', '000009'}  # on any machine
+    srgan.save_checkpoint(tmp_path / "g.pth", srgan.Generator(channels=4, n_blocks=1), config={"split": [80, 15, 5], "validate_on": 2})
+    for part, n in (("train", 36), ("val", 2), ("test", 2)):  # of val, training holds out validate_on pictures and uses the others
+        assert script("evaluate", "--ckpt", "g.pth", "--data", "faces", "--no-lpips", "--split", part, "--json", "r.json")[0] == 0
+        found = set(json.loads((tmp_path / "r.json").read_text())["models"]["bicubic"]["images"])
+        assert len(found) == n and found & parts[part] == (found if part != "train" else parts[part])
 
 
 def test_results_never_take_the_place_of_inputs(script, photos, tmp_path, one_line):

@@ -259,7 +259,12 @@ def test_the_grid_loss_sees_what_repeats_in_every_lr_pixel_and_nothing_else(scal
     assert srgan.grid_loss(hr + texture, hr, scale).item() < 1e-5
     moved = [x.roll((3, 5), (2, 3)) for x in (hr + grid, hr)]  # as gan.shift moves them
     assert srgan.grid_loss(*moved, scale).item() == pytest.approx(pattern.abs().mean().item(), rel=1e-4)
-    assert srgan.grid_loss(hr[:, :, :scale, :scale], hr[:, :, :scale, :scale] + 1, scale).item() == pytest.approx(1, rel=1e-5)
+    for side in (1, 7, 12, 13):  # LR pixels of a patch: all that whole windows reach counts
+        part = hr[:, :, :scale, :scale].repeat(1, 1, side, side)
+        assert srgan.grid_loss(part, part + 1, scale).item() == pytest.approx(1, rel=1e-5)
+    last = torch.zeros(1, 3, 12 * scale, 12 * scale)
+    last[..., 11 * scale:] = 1  # the last column of a patch that is no multiple of the window
+    assert srgan.grid_loss(last, torch.zeros_like(last), scale) > 0
 
 
 def test_the_spectrum_loss_lets_texture_lie_anywhere_but_wants_its_strength_and_grain():
