@@ -1235,10 +1235,12 @@ def load_generator(path, device="cpu"):
             raise ValueError(f"{arch}")
         if not all(map(is_plain, weights.values())) or sum(t.nbytes for t in weights.values()) > os.path.getsize(path):
             raise ValueError("its weights are no tensors, or more than the file holds")
-        with torch.device("meta"):  # takes no memory: the weights become those of the file
-            generator = Generator(**arch)
-        generator.load_state_dict(weights, assign=True)
-        generator.float()
+        with torch.device("meta"):  # takes no memory: only what the file holds is allocated
+            expected = Generator(**arch).state_dict()
+        if [(key, value.shape) for key, value in weights.items()] != [(key, value.shape) for key, value in expected.items()]:
+            raise ValueError(f"its weights are not those of {arch}")
+        generator = Generator(**arch)
+        generator.load_state_dict(weights)
     except Exception as error:  # arguments or weights of whatever kind
         raise InputError(f"{path}: holds a generator of another architecture ({one_line(error)})") from None
     if not all(tensor.isfinite().all() for tensor in generator.state_dict().values()):

@@ -39,7 +39,7 @@ import srgan
 from srgan import InputError
 
 HERE = Path(__file__).parent
-LOSSES = ("loss", "pixel", "content", "grid", "spectrum", "adversarial", "discriminator", "d_real", "d_fake")  # d_: D's mean logit or score
+LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum")  # d_: D's mean logit or score
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
            "updates_per_s", "memory_mb")
@@ -488,7 +488,7 @@ def main():
         try:
             step, best, seconds = (state[key] for key in ("step", "best", "seconds"))
             recovered = state.get("recovered", 0)
-            sums.copy_(state["training"]["sums"])
+            sums[:len(state["training"]["sums"])] = state["training"]["sums"]  # of an older version, with fewer LOSSES, too
             average.load_state_dict(state["generator"])
             for name in networks:
                 networks[name].load_state_dict(state["training"][name])

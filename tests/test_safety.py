@@ -255,6 +255,7 @@ def test_the_losses_of_a_short_training_are_those_recorded(script, photos, tmp_p
     assert status == 0, err
     rows = [[float(row[name]) for name in train.LOSSES] for row in csv.DictReader(open(tmp_path / f"runs/{stage}/metrics.csv"))]
     assert [row[1:3] for row in rows] == [pytest.approx(row[1:3], rel=1e-5) for row in PINNED[stage]]
+    rows = [row[:len(PINNED[stage][0])] for row in rows]  # the terms that are off have no part in them
     assert rows == [pytest.approx(row, rel=5e-3 if stage == "gan" and i else 2e-5) for i, row in enumerate(PINNED[stage])]
 
 
