@@ -1,12 +1,12 @@
 """How real SR pictures look, as two distances from the originals (0: the same). A program, not a test:
 
-    python tests/realism.py results/weights_srgan Set14/HR [--weights squeezenet1_1.pth]
+    python tests/realism.py results/weights_srgan Set14/HR [--vgg-weights squeezenet1_1.pth]
 
 Pictures pair by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of Deep Features
 as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned weights that make it LPIPS.
 Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches of three levels of a Laplacian
 pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018, Sec. 5. SqueezeNet (5 MB) is downloaded
-on first use; `--weights` names a file of it.
+on first use; `--vgg-weights` names a file of it, as for train.py.
 """
 import argparse
 import sys
@@ -78,10 +78,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sr", help="folder of SR pictures")
     parser.add_argument("hr", help="folder of the originals")
-    parser.add_argument("--weights", default="imagenet")
+    parser.add_argument("--vgg-weights", default="imagenet")
     args = parser.parse_args()
     pairs = [(read(sr), read(hr)) for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
-    phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.weights)
+    phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.vgg_weights)
     perceptual = np.mean([perceptual_distance(phi, *pair) for pair in pairs])
     texture = [sliced_wasserstein(*level) for level in zip(*map(patches, zip(*pairs)))]
     print(f"{args.sr}: {len(pairs)} pictures, perceptual distance {perceptual:.3f}, texture distance {np.mean(texture):.1f} "

@@ -104,7 +104,7 @@ def test_realism_is_0_for_the_original_and_grows_with_blur(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             for i in range(2):
                 Image.fromarray(photo(80, 96, i)).filter(ImageFilter.GaussianBlur(blur)).save(tmp_path / folder / f"{i}.png")
-        out = subprocess.run([sys.executable, ROOT / "tests/realism.py", tmp_path / "sr", tmp_path / "hr", "--weights", "random"],
+        out = subprocess.run([sys.executable, ROOT / "tests/realism.py", tmp_path / "sr", tmp_path / "hr", "--vgg-weights", "random"],
                              capture_output=True, text=True, check=True).stdout
         distances.append([float(re.search(rf"{name} distance ([\d.]+)", out)[1]) for name in ("perceptual", "texture")])
     assert distances[0] == [0, 0]
