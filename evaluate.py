@@ -104,10 +104,7 @@ def main():
         if isinstance(state.get("val"), str) and state["val"]:
             raise InputError(f"{args.ckpt[0]} was trained with --val {state['val']}: no part of its data was held out")
         try:
-            parts = srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)))
-            held_out = parts["val"][:config.get("validate_on") or None]  # what is left of val was trained on
-            chosen = {*(held_out if args.split == "val" else parts[args.split])}
-            chosen |= {*(parts["val"][len(held_out):] if args.split == "train" else ())}
+            chosen = set(srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)), config.get("validate_on", 0))[args.split])
         except (TypeError, ValueError):
             raise InputError(f"{args.ckpt[0]}: its configuration's split is none") from None
         pairs = [pair for pair in pairs if pair[1] in chosen]

@@ -222,14 +222,16 @@ def _by_stem(folder):
     return found
 
 
-def split(paths, shares=(80, 15, 5)):
+def split(paths, shares=(80, 15, 5), validate_on=0):
     """{"train", "val", "test"}: the paths in three parts, by percentages, the same for the same file names on any machine.
 
     The names' SHA-256 puts them in order; val and test have at least one picture where their share is not 0.
+    Of val, train gets what exceeds `validate_on` pictures (0: nothing).
     """
     ranked = sorted(paths, key=lambda path: (hashlib.sha256(path.name.encode()).digest(), path.as_posix()))
     val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
-    return {"val": ranked[:val], "test": ranked[val:val + test], "train": sorted(ranked[val + test:])}
+    held_out = min(val, validate_on or val)
+    return {"val": ranked[:held_out], "test": ranked[val:val + test], "train": sorted(ranked[held_out:val] + ranked[val + test:])}
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):

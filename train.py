@@ -433,12 +433,11 @@ def main():
     if args.val:
         pairs = srgan.find_pairs(args.val, scale=scale, kernel=config["kernel"])
     else:
-        parts = srgan.split(data, config["split"])
+        parts = srgan.split(data, config["split"], config["validate_on"])
         if not parts["train"]:
             raise InputError(f"{len(data)} pictures are too few to train on and to hold some out; give more, or --val")
-        held_out = parts["val"][:config["validate_on"] or None]
-        pairs = [(path.stem, path, None) for path in held_out]
-        data = {path: data[path] for path in sorted({*parts["train"], *parts["val"]} - {*held_out})}
+        pairs = [(path.stem, path, None) for path in parts["val"]]
+        data = {path: data[path] for path in parts["train"]}
 
     if any(path.startswith(os.path.realpath(out) + os.sep) for path in srgan.real_paths(pairs, *data, args.config, args.init)):
         raise InputError(f"{out} holds inputs; name another run folder with --out")
