@@ -104,9 +104,10 @@ def main():
         if isinstance(state.get("val"), str) and state["val"]:
             raise InputError(f"{args.ckpt[0]} was trained with --val {state['val']}: no part of its data was held out")
         try:
-            chosen = set(srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)), config.get("validate_on", 0))[args.split])
+            parts = srgan.split([hr for _, hr, _ in pairs], config.get("split", (80, 15, 5)), config.get("validate_on", 0))
         except (TypeError, ValueError):
             raise InputError(f"{args.ckpt[0]}: its configuration's split is none") from None
+        chosen = set(parts[args.split])
         pairs = [pair for pair in pairs if pair[1] in chosen]
         if not pairs:
             raise InputError(f"{args.data}: the {args.split} part is empty")

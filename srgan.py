@@ -38,6 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 SCALES = (2, 4, 8)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 Image.MAX_IMAGE_PIXELS = None  # open_within_limit names the size
 warnings.filterwarnings("ignore", module="PIL")  # of odd files, which either decode or do not
 MAX_MEGAPIXELS = 179  # of a picture: a file of a few bytes may claim to be enormous; Pillow's limit, too
@@ -517,7 +518,7 @@ class ResidualBlock(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Five k3 convolutions, each of which sees all feature maps before it, LReLU between them: [N, n, h, w] -> the same (Wang et al. 2018, Fig. 4)."""
+    """Wang et al. 2018, Fig. 4: five k3 convolutions that see all feature maps before them, LReLU between: [N, n, h, w] -> the same."""
 
     def __init__(self, n, growth=32):
         super().__init__()
@@ -590,7 +591,7 @@ class Generator(nn.Module):
         return torch.tanh(x.float())           # [-1, 1]
 
     def enlarge(self, x):
-        """enlarge_as_drawn, faster (see conv_of_shuffled): PReLU acts on each element alone, so the last shuffle may come after it and the tail."""
+        """enlarge_as_drawn, faster: PReLU acts on each element alone, so the last shuffle may come after it and the tail (conv_of_shuffled)."""
         *layers, _, activation = self.upsample
         for layer in layers:
             x = layer(x)                       # [N, 256, 2h, 2w]
@@ -810,7 +811,7 @@ def grid_loss(sr, hr, scale=4, window=8):
 def _spectrum(x, window):
     """Amplitudes of every frequency in overlapping windows of x [N, 3, H, W]: [N, 3, rows, columns, window, window / 2 + 1]."""
     r, g, b = x.float().unbind(1)
-    x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)  # grey and two colours, orthonormal: coloured noise shows
+    x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)  # orthonormal: coloured noise shows
     hann = torch.hann_window(window, periodic=False, device=x.device)
     hann = hann / hann.square().mean().sqrt()
     x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)  # [N, 3, rows, columns, window, window]
@@ -1030,8 +1031,9 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
 
     tile: side in LR pixels of the parts that are computed one at a time, 0 for the whole picture at
     once; by default TILE (half at scale 8). It bounds the memory and does not change the result. Where
-    the memory is too small all the same, tiles are halved, down to 16 (then the error comes through). ensemble: mean over the eight
-    flips and rotations. precision: see autocast. progress: a bar over the pixels.
+    the memory is too small all the same, tiles are halved, down to 16 (then the error comes through).
+    ensemble: mean over the eight flips and rotations. precision: see autocast. progress: a bar over the
+    pixels.
     """
     *n, h, w, _ = image.shape
     scale, radius = generator.arch["scale"], generator.radius
@@ -1252,7 +1254,7 @@ def load_generator(path, device="cpu"):
 
 def run(main):
     """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
-    for number in (signal.SIGTERM, *[signal.SIGHUP] * hasattr(signal, "SIGHUP")):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda n, _: sys.exit(128 + n))  # so that what is half-written is removed
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:

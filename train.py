@@ -600,7 +600,7 @@ def main():
     def note_signal(number, _):
         stopped.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hasattr(signal, "SIGHUP")):
+    for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
         signal.signal(number, note_signal)
 
     if rank == 0:

@@ -23,14 +23,9 @@ TAPS = (1, 4, 7, 9, 10, 11, 12)  # of SqueezeNet's layers
 SIDE, PATCHES, DIRECTIONS, LEVELS = 7, 1024, 256, 3
 
 
-def read(path):
-    """uint8 RGB [3, H, W] as float32."""
-    return torch.from_numpy(np.array(srgan.open_image(path).convert("RGB"))).permute(2, 0, 1).float()
-
-
 def unit_features(phi, picture):
     """SqueezeNet's feature maps at TAPS, each position's vector of length 1."""
-    x, maps = (picture[None] / 255 - phi.mean) / phi.std, []
+    x, maps = (picture[None] - phi.mean) / phi.std, []
     for i, layer in enumerate(phi.features):
         x = layer(x)
         if i in TAPS:
@@ -39,7 +34,7 @@ def unit_features(phi, picture):
 
 
 def perceptual_distance(phi, sr, hr):
-    """Squared distance of the unit feature vectors, mean over positions, sum over TAPS. Pictures [3, H, W] in [0, 255]."""
+    """Squared distance of the unit feature vectors, mean over positions, sum over TAPS. Pictures [3, H, W] in [0, 1]."""
     return sum((a - b).square().sum(1).mean().item() for a, b in zip(unit_features(phi, sr), unit_features(phi, hr)))
 
 
@@ -80,7 +75,7 @@ def main():
     parser.add_argument("hr", help="folder of the originals")
     parser.add_argument("--vgg-weights", default="imagenet")
     args = parser.parse_args()
-    pairs = [(read(sr), read(hr)) for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
+    pairs = [[srgan.to_tensor(srgan.open_rgb(path)) for path in (sr, hr)] for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
     phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.vgg_weights)
     perceptual = np.mean([perceptual_distance(phi, *pair) for pair in pairs])
     texture = [sliced_wasserstein(*level) for level in zip(*map(patches, zip(*pairs)))]

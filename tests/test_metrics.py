@@ -1,13 +1,11 @@
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo
+from conftest import photo
 from PIL import Image, ImageFilter
 
 import srgan
@@ -96,7 +94,7 @@ def test_bicubic_gives_the_figures_of_the_field(name, psnr, ssim, given):
     assert mean["ssim"]["mean"] == pytest.approx(ssim, abs=6e-5 if given else 3e-4)
 
 
-def test_realism_is_0_for_the_original_and_grows_with_blur(tmp_path):
+def test_realism_is_0_for_the_original_and_grows_with_blur(script, tmp_path):
     """tests/realism.py, with random features in place of SqueezeNet's."""
     distances = []
     for radius in (0, 1, 3):
@@ -104,8 +102,8 @@ def test_realism_is_0_for_the_original_and_grows_with_blur(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             for i in range(2):
                 Image.fromarray(photo(80, 96, i)).filter(ImageFilter.GaussianBlur(blur)).save(tmp_path / folder / f"{i}.png")
-        out = subprocess.run([sys.executable, ROOT / "tests/realism.py", tmp_path / "sr", tmp_path / "hr", "--vgg-weights", "random"],
-                             capture_output=True, text=True, check=True).stdout
+        status, out, err = script("realism", "sr", "hr", "--vgg-weights", "random")
+        assert status == 0, err
         distances.append([float(re.search(rf"{name} distance ([\d.]+)", out)[1]) for name in ("perceptual", "texture")])
     assert distances[0] == [0, 0]
     assert all(a < b < c for a, b, c in zip(*distances))
