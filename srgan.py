@@ -876,6 +876,16 @@ def gradient_penalty(critic, sr, hr, mix):
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
+def r1_penalty(discriminator, hr):
+    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9 without gamma / 2: mean of |grad D(x)|^2 over the HR pictures x [N, 3, H, W].
+
+    Without it D comes to tell SR from HR by ever smaller and finer differences, and G answers with dots.
+    """
+    x = hr.detach().requires_grad_()
+    gradient, = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return gradient.float().square().sum((1, 2, 3)).mean()
+
+
 # ---------------------------------------------------------------------------------------------
 # 5. Metrics. Sec. 3.1: "on the y-channel of center-cropped, removal of a 4-pixel wide strip from
 #    each border". 8-bit pictures, float64 arithmetic.

@@ -40,6 +40,7 @@ from srgan import InputError
 
 HERE = Path(__file__).parent
 LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum")  # d_: D's mean logit or score
+R1_EVERY = 8  # updates, for a penalty so many times as large: Karras et al. 2020, arXiv:1912.04958, "lazy regularization"
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
            "updates_per_s", "memory_mb")
@@ -88,7 +89,8 @@ RULES = {
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
     "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "grid_weight": between(0, 1e6), "spectrum_weight": between(0, 1e6),
     "adversarial_weight": between(1e-12, 1e6),
-    "gradient_penalty": between(0, 1e6), "discriminator_steps": between(1, 100), "shift": between(0, 64), "freeze_batch_norm": one_of(True, False),
+    "gradient_penalty": between(0, 1e6), "r1_penalty": between(0, 1e6), "discriminator_steps": between(1, 100),
+    "shift": between(0, 64), "freeze_batch_norm": one_of(True, False),
 }
 
 
@@ -504,7 +506,8 @@ def main():
     # The networks as they are called: compiled on CUDA, and with the gradients of all processes where they are updated.
     compiled = config["compile"] == "yes" or config["compile"] == "auto" and device.type == "cuda" and optional("triton")
     G, D, phi = (torch.compile(network) if compiled and network is not None else network for network in (generator, discriminator, phi))
-    if stage.get("gradient_penalty"):
+    penalised = stage.get("gradient_penalty") or stage.get("r1_penalty")
+    if penalised:
         D = discriminator  # a compiled network has no second derivative
     G_updated, D_updated = (network and parallel(network, device) if world > 1 else network for network in (G, D))
 
@@ -541,6 +544,8 @@ def main():
             if stage["gradient_penalty"]:
                 mix = torch.from_numpy(rng.random(len(hr), np.float32)).to(device, non_blocking=True)
                 loss = loss + stage["gradient_penalty"] * srgan.gradient_penalty(D, sr, hr, mix)
+            if stage.get("r1_penalty") and step % R1_EVERY == 0:
+                loss = loss + stage["r1_penalty"] / 2 * R1_EVERY * srgan.r1_penalty(D, hr)
         optimize("discriminator", loss)
         discriminator.requires_grad_(False)
         return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
@@ -631,7 +636,7 @@ def main():
     bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     began, epoch_began, epoch_first, looked, stop = time.monotonic() - seconds, time.monotonic(), step, 0.0, False
-    graphed = device.type == "cuda" and world == 1 and config["compile"] != "no" and not stage.get("gradient_penalty")
+    graphed = device.type == "cuda" and world == 1 and config["compile"] != "no" and not penalised
     take = Graphed(update, device) if graphed else update
     stream, tensors = batches(), (srgan.float_state(average), srgan.float_state(generator))
     while step < total and not stop:
