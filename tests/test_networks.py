@@ -322,15 +322,25 @@ def test_the_gradient_penalty_is_zero_for_slope_one_and_reaches_the_critic():
     assert torch.allclose(points[0][3], 0.25 * sr[3] + 0.75 * hr[3])
 
 
-def test_the_gradient_penalty_works_in_bf16_as_in_fp32():
+def test_r1_is_the_squared_slope_at_each_hr_picture_and_flattens_the_discriminator():
+    weight, hr = torch.randn(3 * 8 * 8, requires_grad=True), torch.rand(4, 3, 8, 8)
+    penalty = srgan.r1_penalty(lambda x: x.flatten(1).square() @ weight, hr)  # gradient 2 x w
+    assert torch.isclose(penalty, (2 * hr.flatten(1) * weight).square().sum(1).mean())
+    penalty.backward()
+    assert torch.allclose(weight.grad, (8 * hr.flatten(1).square() * weight.detach()).mean(0))
+    assert hr.grad is None and not hr.requires_grad
+
+
+@pytest.mark.parametrize("norm, of", [("instance", srgan.gradient_penalty), ("batch", lambda d, sr, hr, mix: srgan.r1_penalty(d, hr))], ids=["gradient", "r1"])
+def test_penalties_work_in_bf16_as_in_fp32(norm, of):
     torch.manual_seed(0)
-    d = srgan.Discriminator(32, channels=(8, 16, 16, 32), norm="instance").to(memory_format=torch.channels_last)
+    d = srgan.Discriminator(32, channels=(8, 16, 16, 32), norm=norm).to(memory_format=torch.channels_last)
     sr, hr, mix = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.rand(4)
     gradients = []
     for precision in ("fp32", "bf16"):
         d.zero_grad()
         with srgan.autocast(torch.device("cpu"), precision):
-            penalty = srgan.gradient_penalty(d, sr, hr, mix)
+            penalty = of(d, sr, hr, mix)
         penalty.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in d.parameters() if p.grad is not None]))
     assert gradients[0].norm() > 0

@@ -54,7 +54,7 @@ def test_stage_1_learns_and_leaves_what_a_run_folder_holds(script, photos, tmp_p
 
 @pytest.mark.parametrize("stage", ["srresnet", "gan"])
 def test_resuming_continues_bit_for_bit(script, photos, tmp_path, stage, stage_1):
-    init = ("--init", stage_1 / "checkpoint_best_psnr.pth")
+    init = ("--init", stage_1 / "checkpoint_best_psnr.pth", *("--set", "gan.r1_penalty=1") * (stage == "gan"))
     run(script, photos, stage, "--epochs", "2", "--steps-per-epoch", "10", "--out", "whole", *init)
     run(script, photos, stage, "--epochs", "1", "--steps-per-epoch", "10", "--out", "parts", *init)
     run(script, photos, stage, "--epochs", "2", "--out", "parts", "--resume")
@@ -395,6 +395,20 @@ def test_critic_steps_see_batches_of_their_own(script, photos, tmp_path, stage_1
     assert state["discriminator_optimizer"]["state"][0]["step"] == 10 and state["generator_optimizer"]["state"][0]["step"] == 2
 
 
+def test_r1_joins_the_discriminators_loss_every_so_many_updates(script, photos, tmp_path, stage_1, monkeypatch):
+    penalties = []
+    monkeypatch.setattr(srgan, "r1_penalty", lambda *args, real=srgan.r1_penalty: penalties.append(real(*args)) or penalties[-1])
+    loss = {}
+    for gamma in (0, 1, 10):
+        run(script, photos, "gan", "--epochs", "1", "--steps-per-epoch", "1", "--out", f"r{gamma}", "--set", f"gan.r1_penalty={gamma}")
+        loss[gamma] = float(list(csv.DictReader(open(tmp_path / f"r{gamma}/metrics.csv")))[-1]["discriminator"])
+    assert len(penalties) == 2 and penalties[0] == penalties[1] > 0
+    for gamma in (1, 10):
+        assert loss[gamma] - loss[0] == pytest.approx(gamma / 2 * train.R1_EVERY * penalties[0].item(), rel=1e-3)
+    run(script, photos, "gan", "--epochs", "1", "--steps-per-epoch", str(2 * train.R1_EVERY + 1), "--out", "more", "--set", "gan.r1_penalty=1")
+    assert len(penalties) == 2 + 3
+
+
 def test_frozen_batch_norm_keeps_the_statistics_of_stage_1(script, photos, tmp_path, stage_1):
     start = srgan.load_generator(stage_1 / "checkpoint_best_psnr.pth").state_dict()
     for name, frozen in (("frozen", "true"), ("free", "false")):
@@ -504,7 +518,7 @@ def _gradients(part, wrap):
     lr, hr = torch.rand(4, 3, 4, 4)[part], torch.rand(4, 3, 16, 16)[part]
     G, D = wrap(g), wrap(d)
     sr = G(lr)
-    srgan.discriminator_loss(D(sr.detach()), D(hr)).backward()
+    (srgan.discriminator_loss(D(sr.detach()), D(hr)) + srgan.r1_penalty(d, hr)).backward()
     d.requires_grad_(False)
     (torch.nn.functional.mse_loss(sr, hr) + srgan.adversarial_loss(d(sr))).backward()
     return [p.grad for network in (g, d) for p in network.parameters()]
