@@ -832,6 +832,33 @@ def spectrum_loss(sr, hr, window=16):
     return (_spectrum(sr, window) - target).abs().mean()
 
 
+def stationarity_loss(sr, hr, scale=4):
+    """How much SR's texture depends on the place within an LR pixel, as no photo's does. Not of the paper.
+
+    [N, 3, H, W] in [-1, 1] twice -> scalar; H and W are multiples of scale, HR carries no gradient.
+    Grey detail (less its 5x5 mean), in proportion to HR's strength around it, has a covariance for
+    every two of the scale^2 places, taken over all pictures, in units of HR's mean variance. Where
+    photos are concerned it is the same for every two places that lie alike. Mean |difference from the mean of these|.
+    grid_loss sees a grid of one sign; this one sees dots of either sign that prefer a place.
+    """
+    def detail(x):                             # [N, 3, H, W] -> [N, scale^2, H / scale, W / scale]
+        x = x.float().mean(1, keepdim=True)
+        return F.pixel_unshuffle(x - F.avg_pool2d(x, 5, 1, 2, count_include_pad=False), scale)
+
+    with torch.no_grad():
+        target = detail(hr)
+        strength = F.avg_pool2d(target.square().mean(1, keepdim=True), 7, 1, 3, count_include_pad=False).sqrt()
+        weight = (strength + 0.01).rsqrt()     # flat areas, weaker than about a grey level, count little
+        unit = (weight * target).square().mean()
+    x = (weight * detail(sr)).transpose(0, 1).flatten(1)  # [scale^2, N H W / scale^2]
+    with torch.autocast(x.device.type, enabled=False):
+        covariance = (x @ x.T / (x.shape[1] * unit)).flatten()
+    y, x = (torch.arange(scale * scale, device=sr.device) // scale, torch.arange(scale * scale, device=sr.device) % scale)
+    lag = (2 * scale * (y[:, None] - y + scale) + x[:, None] - x).flatten()
+    sums = covariance.new_zeros(2, 4 * scale * scale).index_add(1, lag, torch.stack([covariance, torch.ones_like(covariance)]))
+    return (covariance - (sums[0] / sums[1].clamp(min=1))[lag]).abs().mean()
+
+
 def adversarial_loss(fake, real=None):
     """Eq. 6: mean of -log D(G(I^LR)), from logits [N] to a scalar: -log sigmoid(x) = softplus(-x). `real` is for others of its kind."""
     return F.softplus(-fake).mean()

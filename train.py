@@ -39,7 +39,7 @@ import srgan
 from srgan import InputError
 
 HERE = Path(__file__).parent
-LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum")  # d_: D's mean logit or score
+LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum", "stationarity")  # d_: D's mean logit or score
 R1_EVERY = 8  # updates, for a penalty so many times as large: Karras et al. 2020, arXiv:1912.04958, "lazy regularization"
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
@@ -87,8 +87,8 @@ RULES = {
     "grow": (lambda v: all(isinstance(g, list) and len(g) == 2 and type(g[1]) is int and 8 <= g[1] <= 4096 for g in v)
              and are_epochs([g[0] for g in v]), "a list of [first epoch, patch size from 8 to 4096] in ascending order"),
     "pixel_loss": one_of(*srgan.PIXEL_LOSSES), "adversarial_loss": one_of(*srgan.ADVERSARIAL_LOSSES),
-    "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "grid_weight": between(0, 1e6), "spectrum_weight": between(0, 1e6),
-    "adversarial_weight": between(1e-12, 1e6),
+    "pixel_weight": between(0, 1e6), "content_weight": between(0, 1e6), "grid_weight": between(0, 1e6),
+    "spectrum_weight": between(0, 1e6), "stationarity_weight": between(0, 1e6), "adversarial_weight": between(1e-12, 1e6),
     "gradient_penalty": between(0, 1e6), "r1_penalty": between(0, 1e6), "discriminator_steps": between(1, 100),
     "shift": between(0, 64), "freeze_batch_norm": one_of(True, False),
 }
@@ -562,6 +562,8 @@ def main():
                 value["grid"] = srgan.grid_loss(sr, hr, scale)
             if stage.get("spectrum_weight"):
                 value["spectrum"] = srgan.spectrum_loss(sr, hr)
+            if stage.get("stationarity_weight"):
+                value["stationarity"] = srgan.stationarity_loss(sr, hr, scale)
             if D is not None:
                 with torch.no_grad():
                     real = D(hr) if stage["adversarial_loss"] == "relativistic" else None
