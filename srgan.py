@@ -849,7 +849,7 @@ def stationarity_loss(sr, hr, scale=4):
         target = detail(hr)
         strength = F.avg_pool2d(target.square().mean(1, keepdim=True), 7, 1, 3, count_include_pad=False).sqrt()
         weight = (strength + 0.01).rsqrt()     # flat areas, weaker than about a grey level, count little
-        unit = (weight * target).square().mean()
+        unit = (weight * target).square().mean().clamp(min=1e-3)
     x = (weight * detail(sr)).transpose(0, 1).flatten(1)  # [scale^2, N H W / scale^2]
     with torch.autocast(x.device.type, enabled=False):
         covariance = (x @ x.T / (x.shape[1] * unit)).flatten()

@@ -284,6 +284,38 @@ def test_the_spectrum_loss_lets_texture_lie_anywhere_but_wants_its_strength_and_
     assert srgan.spectrum_loss(hr[..., :8, :8], hr[..., :8, :8] + 1) > 0  # patches smaller than a window
 
 
+@pytest.mark.parametrize("scale", srgan.SCALES)
+def test_the_stationarity_loss_sees_dots_that_prefer_a_place_in_the_lr_pixel(scale):
+    torch.manual_seed(0)
+    hr, texture = (0.2 * torch.randn(8, 1, 24 * scale, 24 * scale).expand(-1, 3, -1, -1) for _ in range(2))
+    place = torch.zeros(scale, scale)
+    place[1, -1] = scale                       # all of the energy at one place, with either sign: no grid to grid_loss
+    dots = texture * place.repeat(24, 24)
+    same = srgan.stationarity_loss(texture, hr, scale)
+    assert srgan.stationarity_loss(dots, hr, scale) > 3 * same and srgan.grid_loss(dots, texture, scale) < srgan.grid_loss(texture, hr, scale)
+    pairs = torch.randn(8, 3, 24 * scale, 12 * scale).repeat_interleave(2, 3).mean(1, keepdim=True).expand(-1, 3, -1, -1)  # of equal pixels, always the same two
+    assert srgan.stationarity_loss(0.5 * pairs, hr, scale) > 1.5 * same
+    # any texture that has no favourite place, of any strength and grain, costs what the sample leaves to chance
+    coarse = torch.nn.functional.avg_pool2d(texture, 3, 1, 1)
+    assert all(srgan.stationarity_loss(x, hr, scale) < 1.3 * same for x in (hr, 0.5 * texture, coarse))
+    few = srgan.stationarity_loss(texture[:1], hr[:1], scale)
+    assert 1.5 * same < few < 4.5 * same       # chance falls by the square root of the number of pictures
+    moved = [x.roll((3, 5), (2, 3)) for x in (dots, hr)]  # as gan.shift moves them
+    assert srgan.stationarity_loss(*moved, scale) > 3 * same
+
+
+def test_the_stationarity_loss_is_finite_where_nothing_is_and_the_same_in_bf16():
+    flat, noise = torch.zeros(2, 3, 8, 8), 0.01 * torch.randn(2, 3, 8, 8)
+    noise.requires_grad_()
+    assert srgan.stationarity_loss(flat, flat) == 0
+    loss = srgan.stationarity_loss(noise, flat)
+    loss.backward()
+    assert 0 < loss < 1 and noise.grad.isfinite().all() and noise.grad.any()
+    assert srgan.stationarity_loss(noise[..., :4, :4], flat[..., :4, :4]).isfinite()  # one LR pixel
+    with srgan.autocast(torch.device("cpu"), "bf16"):
+        assert torch.equal(srgan.stationarity_loss(noise, flat), loss)
+
+
 def test_the_variants_of_the_discriminator_are_what_they_say():
     d = srgan.Discriminator(channels=(64, 128, 128, 256, 256, 512, 512, 512), first_kernel=9, norm="instance", pool=6)
     first, *rest = [m for m in d.features if isinstance(m, nn.Conv2d)]

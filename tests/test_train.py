@@ -357,7 +357,7 @@ def test_every_preset_trains_both_stages(script, photos, tmp_path, preset):
         state = srgan.load_checkpoint(tmp_path / "runs" / stage / "checkpoint_latest.pth")
         row = list(csv.DictReader(open(tmp_path / "runs" / stage / "metrics.csv")))[-1]
         assert state["step"] == 2 and float(row["loss"]) != 0 and all(torch.isfinite(v).all() for v in state["generator"].values())
-        for term in ("pixel", "content", "grid", "spectrum"):
+        for term in ("pixel", "content", "grid", "spectrum", "stationarity"):
             assert (float(row[term]) > 0) == (state["config"][stage].get(term + "_weight", 0) > 0)
 
 
