@@ -836,10 +836,11 @@ def stationarity_loss(sr, hr, scale=4):
     """How much SR's texture depends on the place within an LR pixel, as no photo's does. Not of the paper.
 
     [N, 3, H, W] in [-1, 1] twice -> scalar; H and W are multiples of scale, HR carries no gradient.
-    Grey detail (less its 5x5 mean), in proportion to HR's strength around it, has a covariance for
-    every two of the scale^2 places, taken over all pictures, in units of HR's mean variance. Where
-    photos are concerned it is the same for every two places that lie alike. Mean |difference from the mean of these|.
-    grid_loss sees a grid of one sign; this one sees dots of either sign that prefer a place.
+    Grey detail (less its 5x5 mean) is divided by the root of HR's strength around it. The mean product
+    of two of the scale^2 places, over all LR pixels of the batch, in units of HR's mean square, should
+    depend on how they lie to each other alone: mean |difference from the mean of all that lie alike|.
+    HR itself costs what chance leaves, 0.01 for 16 patches of 96 pixels, and a blur nothing. Dots of either
+    sign in rows cost, which grid_loss does not see; places of two LR pixels are not compared, nor colours.
     """
     def detail(x):                             # [N, 3, H, W] -> [N, scale^2, H / scale, W / scale]
         x = x.float().mean(1, keepdim=True)
@@ -848,15 +849,16 @@ def stationarity_loss(sr, hr, scale=4):
     with torch.no_grad():
         target = detail(hr)
         strength = F.avg_pool2d(target.square().mean(1, keepdim=True), 7, 1, 3, count_include_pad=False).sqrt()
-        weight = (strength + 0.01).rsqrt()     # flat areas, weaker than about a grey level, count little
+        weight = (strength + 0.01).rsqrt()     # 0.01, about a grey level, bounds what flat areas weigh
         unit = (weight * target).square().mean().clamp(min=1e-3)
     x = (weight * detail(sr)).transpose(0, 1).flatten(1)  # [scale^2, N H W / scale^2]
     with torch.autocast(x.device.type, enabled=False):
-        covariance = (x @ x.T / (x.shape[1] * unit)).flatten()
-    y, x = (torch.arange(scale * scale, device=sr.device) // scale, torch.arange(scale * scale, device=sr.device) % scale)
-    lag = (2 * scale * (y[:, None] - y + scale) + x[:, None] - x).flatten()
-    sums = covariance.new_zeros(2, 4 * scale * scale).index_add(1, lag, torch.stack([covariance, torch.ones_like(covariance)]))
-    return (covariance - (sums[0] / sums[1].clamp(min=1))[lag]).abs().mean()
+        product = (x @ x.T / (x.shape[1] * unit)).flatten()
+    place = torch.arange(scale * scale, device=sr.device)
+    place = place // scale * 2 * scale + place % scale
+    lie = (place[:, None] - place).flatten() + 2 * scale * scale
+    mean = product.new_zeros(4 * scale * scale).scatter_reduce(0, lie, product, "mean", include_self=False)
+    return (product - mean[lie]).abs().mean()
 
 
 def adversarial_loss(fake, real=None):
@@ -906,11 +908,11 @@ def gradient_penalty(critic, sr, hr, mix):
 def r1_penalty(discriminator, hr):
     """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9 without gamma / 2: mean of |grad D(x)|^2 over the HR pictures x [N, 3, H, W].
 
-    Without it D comes to tell SR from HR by ever smaller and finer differences, and G answers with dots.
+    The gradient is that of the logits' sum over the batch, whose pictures batch norm mixes a little.
     """
     x = hr.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
-    return gradient.float().square().sum((1, 2, 3)).mean()
+    return gradient.square().sum((1, 2, 3)).mean()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ import srgan
 from srgan import InputError
 
 HERE = Path(__file__).parent
-LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum", "stationarity")  # d_: D's mean logit or score
-R1_EVERY = 8  # updates, for a penalty so many times as large: Karras et al. 2020, arXiv:1912.04958, "lazy regularization"
+LOSSES = ("loss", "pixel", "content", "adversarial", "discriminator", "d_real", "d_fake", "grid", "spectrum",
+          "stationarity")  # d_: D's mean logit or score
+R1_EVERY = 8  # updates from one R1 penalty to the next, which counts so many times: Karras et al. 2020, arXiv:1912.04958, Sec. 3.1
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *(name + end for name in METRICS for end in ("", "_std")),
            "updates_per_s", "memory_mb")
@@ -489,6 +490,7 @@ def main():
         try:
             step, best, seconds = (state[key] for key in ("step", "best", "seconds"))
             recovered = state.get("recovered", 0)
+            sums.zero_()
             sums[:len(state["training"]["sums"])] = state["training"]["sums"]  # of an older version, with fewer LOSSES, too
             average.load_state_dict(state["generator"])
             for name in networks:
@@ -506,9 +508,6 @@ def main():
     # The networks as they are called: compiled on CUDA, and with the gradients of all processes where they are updated.
     compiled = config["compile"] == "yes" or config["compile"] == "auto" and device.type == "cuda" and optional("triton")
     G, D, phi = (torch.compile(network) if compiled and network is not None else network for network in (generator, discriminator, phi))
-    penalised = stage.get("gradient_penalty") or stage.get("r1_penalty")
-    if penalised:
-        D = discriminator  # a compiled network has no second derivative
     G_updated, D_updated = (network and parallel(network, device) if world > 1 else network for network in (G, D))
 
     # The store of patches. The first process of each machine makes it, the others find it.
@@ -543,9 +542,9 @@ def main():
             loss = srgan.ADVERSARIAL_LOSSES[stage["adversarial_loss"]][1](fake, real)
             if stage["gradient_penalty"]:
                 mix = torch.from_numpy(rng.random(len(hr), np.float32)).to(device, non_blocking=True)
-                loss = loss + stage["gradient_penalty"] * srgan.gradient_penalty(D, sr, hr, mix)
-            if stage.get("r1_penalty") and step % R1_EVERY == 0:
-                loss = loss + stage["r1_penalty"] / 2 * R1_EVERY * srgan.r1_penalty(D, hr)
+                loss = loss + stage["gradient_penalty"] * srgan.gradient_penalty(discriminator, sr, hr, mix)  # not D: a compiled network has no second derivative
+            if stage["r1_penalty"] and step % R1_EVERY == 0:
+                loss = loss + stage["r1_penalty"] / 2 * R1_EVERY * srgan.r1_penalty(discriminator, hr)
         optimize("discriminator", loss)
         discriminator.requires_grad_(False)
         return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
@@ -638,7 +637,7 @@ def main():
     bar = tqdm(total=total, initial=step, unit="update", smoothing=0.1, disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     began, epoch_began, epoch_first, looked, stop = time.monotonic() - seconds, time.monotonic(), step, 0.0, False
-    graphed = device.type == "cuda" and world == 1 and config["compile"] != "no" and not penalised
+    graphed = device.type == "cuda" and world == 1 and config["compile"] != "no" and not (stage.get("gradient_penalty") or stage.get("r1_penalty"))
     take = Graphed(update, device) if graphed else update
     stream, tensors = batches(), (srgan.float_state(average), srgan.float_state(generator))
     while step < total and not stop:
