@@ -65,6 +65,24 @@ def test_resuming_continues_bit_for_bit(script, photos, tmp_path, stage, stage_1
     assert all(x[key] == y[key] for x, y in zip(a, b, strict=True) for key in x if key not in ("updates_per_s", "memory_mb"))
 
 
+def test_a_run_from_before_the_newest_losses_resumes(script, photos, tmp_path, stage_1):
+    run(script, photos, "gan", "--epochs", "1", "--steps-per-epoch", "3")
+    out, new = tmp_path / "runs/gan", ("grid", "spectrum", "stationarity")
+    state = torch.load(out / "checkpoint_latest.pth", weights_only=True)
+    state["training"]["sums"] = state["training"]["sums"][:-len(new)]
+    for name in new:
+        del state["config"]["gan"][name + "_weight"]
+    torch.save(state, out / "checkpoint_latest.pth")
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    with open(out / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in train.COLUMNS if name not in new], extrasaction="ignore")
+        writer.writeheader(), writer.writerows(rows)
+    run(script, photos, "gan", "--epochs", "2", "--resume", "--set", "gan.stationarity_weight=1")
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert [row["stationarity"] == "" for row in rows] == [True, False] and float(rows[1]["stationarity"]) > 0
+    assert srgan.load_checkpoint(out / "checkpoint_latest.pth")["step"] == 6
+
+
 def test_stage_2_starts_from_stage_1s_best_and_trains_both_networks(script, photos, tmp_path, stage_1):
     message = run(script, photos, "gan", "--epochs", "1", "--steps-per-epoch", "4")
     assert "starting from runs/srresnet/checkpoint_best_psnr.pth" in message
