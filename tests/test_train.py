@@ -72,6 +72,7 @@ def test_a_run_from_before_the_newest_losses_resumes(script, photos, tmp_path, s
     state["training"]["sums"] = state["training"]["sums"][:-len(new)]
     for name in new:
         del state["config"]["gan"][name + "_weight"]
+    del state["config"]["gan"]["r1_penalty"]
     torch.save(state, out / "checkpoint_latest.pth")
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     with open(out / "metrics.csv", "w", newline="") as file:
