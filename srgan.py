@@ -898,21 +898,21 @@ ADVERSARIAL_LOSSES = {  # name: the generator's and the discriminator's, functio
 }
 
 
+def _gradient(critic, x):
+    """The gradient of each picture's score, or of the sum of all where batch norm mixes them: [N, 3, H, W] -> [N, 3 H W]."""
+    x = x.detach().requires_grad_()
+    gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient.flatten(1)
+
+
 def gradient_penalty(critic, sr, hr, mix):
     """Gulrajani et al. 2017, Eq. 3: mean of (|grad D(x)| - 1)^2 at x = mix SR + (1 - mix) HR, mix [N] uniform in [0, 1]."""
-    x = torch.lerp(hr, sr, mix.view(-1, 1, 1, 1)).requires_grad_()
-    gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    return (_gradient(critic, torch.lerp(hr, sr, mix.view(-1, 1, 1, 1))).norm(dim=1) - 1).square().mean()
 
 
 def r1_penalty(discriminator, hr):
-    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9 without gamma / 2: mean of |grad D(x)|^2 over the HR pictures x [N, 3, H, W].
-
-    The gradient is that of the logits' sum over the batch, whose pictures batch norm mixes a little.
-    """
-    x = hr.detach().requires_grad_()
-    gradient, = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
-    return gradient.square().sum((1, 2, 3)).mean()
+    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9 without gamma / 2: mean of |grad D(x)|^2 over the HR pictures x [N, 3, H, W]."""
+    return _gradient(discriminator, hr).square().sum(1).mean()
 
 
 # ---------------------------------------------------------------------------------------------
