@@ -1,150 +1,452 @@
 """SRGAN, to be read beside the paper: Ledig et al., "Photo-Realistic Single Image Super-Resolution
 Using a Generative Adversarial Network", CVPR 2017, arXiv:1609.04802.
 
-    1. Images       find, open, degrade                          Sec. 3.2
-    2. Patches      the training batches                         Sec. 3.2
-    3. Networks     Generator, Discriminator, TruncatedVGG19     Sec. 2.1, Fig. 4
-    4. Losses       pixel, content, adversarial                  Sec. 2.2, Eq. 1 and 3 to 6
-    5. Metrics      PSNR, SSIM, LPIPS                            Sec. 3.1
-    6. Upscaling    whole pictures in exact tiles
-    7. Checkpoints  what train.py writes and everything reads
+The paper
+    1. Networks           generator and discriminator                   Sec. 2.1, Fig. 4
+    2. Losses             pixel, content, adversarial, perceptual       Sec. 2.2, Eq. 3 to 6
+    3. Training           one update of D and of G, alternating         Eq. 1 and 2, Sec. 3.2
+What surrounds it
+    4. Data               open images, make LR from HR, draw patches    Sec. 3.2
+    5. Metrics            PSNR, SSIM, LPIPS                             Sec. 3.1
+    6. Upscaling          whole images in exact tiles
+    7. Checkpoints        what train.py writes and everything reads
+    8. Beyond the paper   losses and networks of later work
+    9. Speed              the same mathematics, computed faster
 
-With the paper in hand, begin with 3 and 4: 1 and 2 bring pictures in, 6 and 7 take them out.
+Sections 1 to 3 are the paper and nothing else. Symbols: G, D, LR, HR, and SR = G(LR).
 
-Images are RGB. Tensors are float32 [N, 3, h, w]: LR in [0, 1], HR and SR in [-1, 1] (Sec. 3.2);
-pictures at the edges are uint8 [h, w, 3]. `scale` is 2, 4 (the paper's) or 8.
+Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
+[-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
 """
+import contextlib
 import copy
+import functools
 import hashlib
 import io
+import json
 import math
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
+import time
 import warnings
 import zipfile
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from filelock import FileLock
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+
+# ==================================================================================================
+# 1. Networks. Sec. 2.1 and Fig. 4, in its notation: k9n64s1 is a convolution with a kernel of 9x9,
+#    64 feature maps and stride 1.
+# ==================================================================================================
+
+class ResidualBlock(nn.Module):
+    """Fig. 4: k3n64s1, BN, PReLU, k3n64s1, BN, elementwise sum. [N, n, h, w] -> [N, n, h, w]."""
+
+    def __init__(self, n=64):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
+            nn.BatchNorm2d(n),
+            nn.PReLU(),                                           # one slope for all feature maps
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
+            nn.BatchNorm2d(n))
+
+    def forward(self, x):
+        return x + self.body(x)                                   # elementwise sum
+
+
+class Generator(nn.Module):
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
+
+    1,547,350 parameters at scale 4; `scale` is 2, 4 or 8. tanh: whether SR is kept in [-1, 1] by a
+    Tanh, which the paper does not mention and nearly every implementation has. init: "nearest"
+    starts G as nearest-neighbour upsampling (section 8), "torch" with torch's random weights.
+    """
+    block = "residual"
+
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
+        super().__init__()
+        self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
+                     "block": self.block}                         # saved with the weights
+        n = channels
+        self.head = nn.Sequential(
+            nn.Conv2d(3, n, 9, padding=4), nn.PReLU())            # k9n64s1, PReLU
+        self.blocks = nn.Sequential(
+            *[ResidualBlock(n) for _ in range(n_blocks)])         # B residual blocks
+        self.fuse = nn.Sequential(
+            nn.Conv2d(n, n, 3, padding=1, bias=False), nn.BatchNorm2d(n))       # k3n64s1, BN
+        self.upsample = nn.Sequential()
+        for _ in range(int(math.log2(scale))):
+            self.upsample.extend([
+                nn.Conv2d(n, 4 * n, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()])  # k3n256s1
+        self.tail = nn.Conv2d(n, 3, 9, padding=4)                 # k9n3s1
+        self.output = nn.Tanh() if tanh else nn.Identity()
+        INITS[init](self)
+
+    def forward(self, lr):                                        # [N, 3, h, w] in [0, 1]
+        x = self.head(lr)                                         # [N, 64, h, w]
+        x = x + self.fuse(self.blocks(x))                         # [N, 64, h, w], long skip
+        x = self.upsample(x)                                      # [N, 64, 4h, 4w]
+        return self.output(self.tail(x))                          # [N, 3, 4h, 4w] in [-1, 1]
+
+
+class Discriminator(nn.Module):
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
+
+    Built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features. The other
+    arguments are for later work (section 8): other `channels`, a `first_kernel` of another size,
+    norm="instance", and `pool`, which averages to pool x pool positions so that any patch fits.
+    """
+
+    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
+                 first_kernel=3, norm="batch", pool=0):
+        super().__init__()
+        layers = [nn.Conv2d(3, channels[0], first_kernel, padding=first_kernel // 2),
+                  nn.LeakyReLU(0.2)]                              # k3n64s1, LeakyReLU
+        for i, (n_in, n) in enumerate(zip(channels, channels[1:])):
+            stride = 1 if i % 2 else 2                            # n64s2 n128s1 n128s2 ... n512s2
+            layers += [nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False),
+                       NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
+        layers.append(nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity())
+        self.features = nn.Sequential(*layers)
+        side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))       # 96 -> 6
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024),         # dense 1024
+            nn.LeakyReLU(0.2), nn.Linear(1024, 1))                             # dense 1
+
+    def forward(self, x):                                         # [N, 3, 96, 96] in [-1, 1]
+        x = self.features(x)                                      # [N, 512, 6, 6]
+        return self.classifier(x).squeeze(1)                      # [N]
+
+
+# ==================================================================================================
+# 2. Losses. Sec. 2.2, Eq. 3 to 6. All are means over the batch; see each one for its scale.
+# ==================================================================================================
+
+def mse_loss(sr, hr):
+    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
+
+    The mean is taken over the colours, too, where Eq. 4 leaves them open.
+    """
+    return (hr - sr).square().mean()                              # Eq. 4
+
+
+class ContentNetwork(nn.Module):
+    """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
+
+    Sec. 3.2 divides the feature maps by 12.75, which makes Eq. 5 about 0.006 of what it was.
+    The input is normalised as torchvision's networks expect it.
+    """
+
+    def __init__(self, features, divisor=12.75):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+        for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225]),
+                             ("divisor", [divisor])):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        x = ((x + 1) / 2 - self.mean) / self.std
+        return self.features(x) / self.divisor
+
+
+class TruncatedVGG19(ContentNetwork):
+    """phi(i,j) of Eq. 5: VGG19's j-th convolution, after its activation, before the i-th pooling.
+
+    layer: "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6].
+    weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
+    that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
+
+    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. So it does with the
+    *normalised* VGG19 of Gatys et al. (mean activation 1), which the paper's software offered:
+    for phi(2,2) of an SRResNet, 0.0203 against an MSE of 0.0199. Torchvision's VGG19 was trained
+    anew, and its activations have another magnitude; then content_weight is yours to choose.
+    """
+    layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
+              "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
+
+    def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
+        modules, n_in = [], 3
+        for name in self.layers[:self.layers.index(layer) + 1]:
+            i, j = map(int, name.split("_"))
+            n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512
+            if i > 1 and j == 1:
+                modules.append(nn.MaxPool2d(2))
+            modules += [nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()]
+            n_in = n
+        super().__init__(load_features(nn.Sequential(*modules), weights, VGG19_URL), divisor)
+
+
+def content_loss(phi, sr, hr):
+    """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
+
+    The mean is taken over the feature maps, too, so that its weight means the same for each layer.
+    Eq. 5 divides by the positions alone: read as a sum over feature maps, it is 128 times this
+    value for VGG22 and 512 times for VGG54. HR carries no gradient.
+    """
+    with torch.no_grad():
+        target = phi(hr)                                          # [N, C, h, w]
+    return (target - phi(sr)).square().mean()                     # Eq. 5
+
+
+def total_variation(sr):
+    """Sec. 3.4: the loss beside VGG22 in SRResNet-VGG22, weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Taken here: the sum of |differences| of neighbouring
+    pixels over each image, its mean over the batch. For photos, 2e-8 of that is about half a
+    per cent of the content loss; 2e-8 of a mean over pixels would be nothing.
+    """
+    down, right = sr.diff(dim=2), sr.diff(dim=3)
+    return (down.abs().sum() + right.abs().sum()) / len(sr)
+
+
+def adversarial_loss(D, sr, hr=None):
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch where Eq. 6 has the sum. -> scalar.
+
+    D gives logits x, and -log(sigmoid(x)) = softplus(-x). `hr` is for losses of section 8.
+    """
+    return F.softplus(-D(sr)).mean()                              # Eq. 6
+
+
+def discriminator_loss(fake, real):
+    """Eq. 2 as D sees it, to be minimised: -log D(HR) - log(1 - D(SR)). Logits [N] -> scalar.
+
+    fake = D(SR), real = D(HR); -log(1 - sigmoid(x)) = softplus(x).
+    """
+    return F.softplus(-real).mean() + F.softplus(fake).mean()     # Eq. 2, max over D
+
+
+def perceptual_loss(content, adversarial, weight=1e-3):
+    """Eq. 3, l^SR: content loss (Eq. 4 or 5) and adversarial loss (Eq. 6). Scalars -> scalar."""
+    return content + weight * adversarial                         # Eq. 3
+
+
+# ==================================================================================================
+# 3. Training. SRResNet minimises a content loss alone (Eq. 1 with l^SR = Eq. 4). SRGAN starts from
+#    it and plays the min-max game of Eq. 2, with the perceptual loss of Eq. 3 as G's side.
+# ==================================================================================================
+
+class Update:
+    """One update: of D, then of G ("we alternate", k = 1, Sec. 3.2); of G alone without a D.
+
+    content_losses: {name: (weight, function of SR and HR)}, one of them in the paper. penalties
+    are alike, and join D's loss; they and the two losses before them take what section 8 has.
+    Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
+    {name: scalar tensor}: each loss, unweighted; "loss", the sum that G minimised; and D's mean
+    logits.
+    """
+
+    def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
+                 adversarial_loss=adversarial_loss, discriminator_loss=discriminator_loss,
+                 penalties={}):
+        self.G, self.adam_G, self.D, self.adam_D = G, adam_G, D, adam_D
+        self.content_losses, self.adversarial_weight = content_losses, adversarial_weight
+        self.adversarial_loss, self.discriminator_loss = adversarial_loss, discriminator_loss
+        self.penalties = penalties
+
+    def __call__(self, lr, hr):                                   # [N, 3, 24, 24], [N, 3, 96, 96]
+        sr = self.G(lr)                                           # [N, 3, 96, 96]
+        if self.D is None:                                        # SRResNet
+            return self.update_generator(sr, hr)
+        return self.update_discriminator(sr.detach(), hr) | self.update_generator(sr, hr)
+
+    def update_discriminator(self, sr, hr):
+        """The max over D of Eq. 2, as the min of its negative."""
+        self.D.requires_grad_(True)
+        real, fake = self.D(hr), self.D(sr)                       # logits [N]
+        loss = self.discriminator_loss(fake, real)                # Eq. 2
+        for weight, penalty in self.penalties.values():
+            loss = loss + weight * penalty(sr, hr)
+        minimize(loss, self.adam_D)
+        self.D.requires_grad_(False)                              # fixed while G learns
+        return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
+
+    def update_generator(self, sr, hr):
+        """Eq. 1: theta_G minimises l^SR; with a D, this is the min over G of Eq. 2."""
+        losses = {name: f(sr, hr) for name, (_, f) in self.content_losses.items()}  # Eq. 4 or 5
+        loss = sum(weight * losses[name] for name, (weight, _) in self.content_losses.items())
+        if self.D is not None:
+            losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
+            loss = perceptual_loss(loss, losses["adversarial"], self.adversarial_weight)  # Eq. 3
+        minimize(loss, self.adam_G)                               # Eq. 1
+        return losses | {"loss": loss}
+
+
+def minimize(loss, adam):
+    """One step of Adam (Sec. 3.2: beta1 = 0.9) down the gradient of `loss`."""
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+
+# ==================================================================================================
+# 4. Data. Sec. 3.2: LR is HR, reduced by the bicubic kernel; LR is scaled to [0, 1], HR to [-1, 1].
+# ==================================================================================================
+
 SCALES = (2, 4, 8)
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-Image.MAX_IMAGE_PIXELS = None  # open_within_limit names the size
-warnings.filterwarnings("ignore", module="PIL")  # of odd files, which either decode or do not
-MAX_MEGAPIXELS = 179  # of a picture: a file of a few bytes may claim to be enormous; Pillow's limit, too
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # whatever a file is called; others may run programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # others of Pillow's run programs
+MAX_SIDE = 100_000                                               # pixels; a row takes memory, too
 
 
 class InputError(ValueError):
-    """Something that the person at the keyboard can put right: one line, what is wrong and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong and what to do."""
+
+
+def printable(text):
+    """Text for one line of a terminal: control characters, as in a file's name, are escaped."""
+    return str(text).translate({n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))})
 
 
 def say(text):
-    """A line on stderr; line breaks within file names are written as \\n."""
-    print(text.translate({n: repr(chr(n))[1:-1] for n in range(32)}), file=sys.stderr)
+    """Print a line to stderr."""
+    print(printable(text), file=sys.stderr)
 
 
 def one_line(error):
-    """An exception's text, to stand within a message."""
-    return " ".join(str(error).split())[:200]
+    """An exception's text, short enough to be part of a message."""
+    text = " ".join(str(error).split())[:200]
+    return text or type(error).__name__
 
-
-# ---------------------------------------------------------------------------------------------
-# 1. Images. Sec. 3.2: I^LR is the bicubic x1/r of I^HR; LR is scaled to [0, 1], HR to [-1, 1].
-# ---------------------------------------------------------------------------------------------
 
 def find_images(path):
-    """Sorted paths of the pictures in a folder and its subfolders; a file stands for itself. Raises InputError."""
+    """Sorted paths of the images in a folder and its subfolders; a file is itself. InputError."""
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder")
-    found = sorted(p for p in path.rglob("*")
-                   if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+        raise InputError(f"{str(path)!r}: no such file or folder")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
+                   and not p.name.startswith(".") and p.is_file())
     if not found:
-        raise InputError(f"{path}: no pictures in this folder ({' '.join(SUFFIXES)})")
+        raise InputError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
     return found
 
 
 def check_file(path):
-    """Raise InputError for what exists and is no file: a pipe would wait for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"{path}: not a file")
+    """Raise InputError for what is no file; reading a pipe would block."""
+    if not os.path.isfile(path):
+        raise InputError("not a file" if os.path.exists(path) else "no such file")
 
 
-def open_within_limit(path):
-    """Image.open, reading the header alone. Raises InputError for more than MAX_MEGAPIXELS."""
-    check_file(path)
-    file = Image.open(path, formats=FORMATS)
-    if file.width * file.height > MAX_MEGAPIXELS * 1e6:
-        file.close()
-        raise InputError(f"{file.width}x{file.height} pixels are more than {MAX_MEGAPIXELS:g} megapixels; raise the limit of "
-                         "upscale.py with --max-megapixels if the picture is what it claims to be")
-    return file
+def check_header(image):
+    """Raise InputError for an open image that would take too much memory or be misread."""
+    if max(image.size) > MAX_SIDE:
+        raise InputError(f"{image.width}x{image.height}: sides may have {MAX_SIDE:,} pixels")
+    if image.format == "TIFF":
+        bits, sample_format, grey = (image.tag_v2.get(tag) for tag in (258, 339, 262))
+        bits = bits if isinstance(bits, tuple) else (bits or 1,)
+        signed = sample_format is not None and {1} != {*np.atleast_1d(sample_format)}
+        if not {*bits} <= {1, 2, 4, 8, 16} or signed or (max(bits) == 16 and grey == 0):
+            raise InputError("only unsigned 8-bit and 16-bit TIFF, black at 0, is read; convert it")
+        tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
+        if tile > 4 * image.width * image.height + 2 ** 20:
+            raise InputError("its tiles are far larger than the image")
+
+
+def to_8_bits(image, info, raw):
+    """A PIL.Image of any mode that check_header passes -> mode "L", "LA", "RGB" or "RGBA".
+
+    raw: Pillow's name of the pixels in the file; its mode of 16-bit grey with alpha is "RGBA".
+    """
+    if image.mode == "CMYK":
+        profile, info["icc_profile"] = info["icc_profile"], None
+        if isinstance(profile, bytes):
+            from PIL import ImageCms
+            with contextlib.suppress(ImageCms.PyCMSError):       # a broken profile
+                return ImageCms.profileToProfile(image, io.BytesIO(profile),
+                                                 ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return image.convert("RGB")
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise InputError("its pixels have no fixed range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
+        pixels = np.asarray(image, np.int32)
+        grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        if "transparency" in image.info:
+            opaque = pixels != image.info["transparency"]
+            grey.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+        return grey
+    if raw == "RGB;16B" and "transparency" in image.info:        # pixels have 8 of its 16 bits
+        image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
+    grey = image.mode in ("1", "L", "LA", "La") or raw == "LA;16B"
+    return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
+
+
+EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
+EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # sizes, and what holds offsets
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}       # by EXIF orientation
+
+
+def read_exif(image):
+    """(orientation, EXIF to keep: date, camera, position; no thumbnail). Broken EXIF is none."""
+    orientation, data = 1, b""
+    with contextlib.suppress(Exception):                         # broken EXIF raises all types
+        exif, kept = image.getexif(), Image.Exif()
+        orientation = exif.get(0x0112)
+        for tag in EXIF_KEPT & {*exif}:
+            kept[tag] = exif[tag] if tag < 0x8769 else {
+                key: value for key, value in exif.get_ifd(tag).items() if key not in EXIF_DROPPED}
+        data = kept.tobytes() if len(kept) else b""
+    return orientation, data if len(data) < 65_000 else b""      # JPEG's limit
 
 
 def open_image(path):
-    """Decode a picture to a PIL.Image of 8 bits, upright, of mode "L", "LA", "RGB" or "RGBA".
+    """Decode an image: a PIL.Image of mode "L", "LA", "RGB" or "RGBA", 8 bits, upright.
 
-    EXIF orientation is applied. Palettes become RGB or RGBA; CMYK becomes sRGB, through its ICC
-    profile where it has one; 16 bits per channel become 8; of an animation the first frame counts.
-    `info` holds "icc_profile" and "dpi" where the file had them and they still hold.
-    Raises InputError for whatever cannot be read.
+    EXIF orientation is applied. Palettes become RGB or RGBA, CMYK becomes sRGB by its ICC profile,
+    16 bits become 8; of an animation the first frame counts. `info` keeps "icc_profile", "dpi"
+    and what read_exif says of "exif". Raises InputError for whatever cannot be read.
     """
     try:
-        with open_within_limit(path) as file:
-            image = ImageOps.exif_transpose(file)
-            info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
-            if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):
+        check_file(path)
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
+            check_header(source)
+            raw = source.tile[0][3] if source.tile else ""
+            source.load()
+            orientation, exif = read_exif(source)                # Pillow turns TIFF itself
+            info = {"icc_profile": source.info.get("icc_profile"), "exif": exif,
+                    "dpi": source.info.get("dpi")}
+            image = to_8_bits(source, info, raw)
+            if orientation in TURNS:
+                image = image.transpose(Image.Transpose[TURNS[orientation]])
+            if not isinstance(info["icc_profile"], bytes):
+                del info["icc_profile"]
+            if not all(0 < dots < 1e5 for dots in info["dpi"] or (0,)):
                 del info["dpi"]
-            if image.mode == "CMYK":
-                image = _cmyk_to_rgb(image, info.pop("icc_profile", None))
-            elif image.mode.startswith("I"):  # 16-bit grey: 65535 / 257 = 255
-                grey = np.clip(np.asarray(image), 0, 65535) / 257
-                image = Image.fromarray(grey.round().astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError("floating-point pixels have no fixed range; convert it to 8 or 16 bits first")
-            else:
-                mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-                image = image.convert(mode + "A" * image.has_transparency_data)
             image.info = info
             return image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # decoders raise exceptions of every type on broken files
-        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
-
-
-def _cmyk_to_rgb(image, profile):
-    if profile:
-        from PIL import ImageCms
-        try:
-            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
-                                             outputMode="RGB")
-        except ImageCms.PyCMSError:
-            pass  # a broken profile: the plain conversion is what any viewer falls back to
-    return image.convert("RGB")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; if "
+                         "that is so, upscale.py takes it with --max-megapixels") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path}: cannot be read as an image (not {', '.join(FORMATS)}, or "
+                         "broken)") from None
+    except Exception as error:                                   # broken files raise all types
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
 def open_rgb(path):
-    """Decode a picture to a uint8 array [h, w, 3]; transparency is dropped. Raises InputError."""
+    """Decode an image to a uint8 array [h, w, 3]; transparency is dropped. Raises InputError."""
     return np.array(open_image(path).convert("RGB"))
 
 
 def to_tensor(pixels):
-    """uint8 [..., h, w, 3], array or tensor -> float32 [..., 3, h, w] in [0, 1], channels-last in memory."""
+    """uint8 [..., h, w, 3], array or tensor -> float32 [..., 3, h, w] in [0, 1]."""
     return torch.as_tensor(pixels).movedim(-1, -3).float().div(255)
 
 
@@ -153,90 +455,113 @@ def to_pixels(sr):
     return sr.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
-def downsample(hr, scale=4, kernel="bicubic"):
-    """I^LR from I^HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], on the 8-bit grid.
+def round_to_8_bits(x):
+    """Values in [0, 1] -> the nearest of 0, 1/255, ..., 1."""
+    return x.clamp(0, 1).mul(255).round().div(255)
 
-    "bicubic" is Pillow's BICUBIC (a = -0.5, widened by the scale), to within one grey level.
-    "gaussian" blurs with sigma = 0.4 scale and keeps one pixel of `scale` in each direction; the
-    taps are centred on the LR pixel, so that both kernels give pictures that lie on each other.
+
+def bicubic_kernel(hr, scale):
+    """Pillow's BICUBIC (a = -0.5, widened by the scale), which rounds after each of two passes."""
+    n, c, h, w = hr.shape
+    lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
+    lr = round_to_8_bits(lr)
+    return F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
+
+
+def gaussian_kernel(hr, scale):
+    """Sec. 2: a Gaussian blur, sigma 0.4 scale, then one of `scale` pixels; centred as bicubic."""
+    n, c, h, w = hr.shape
+    margin = 5 * scale // 4                                      # the taps reach 3 to 4 sigma
+    taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
+    taps = torch.softmax(-taps ** 2 / (2 * (0.4 * scale) ** 2), dim=0)  # exp(-d^2 / 2 sigma^2)
+    x = F.pad(hr.reshape(n * c, 1, h, w), [margin] * 4, mode="replicate")
+    x = F.conv2d(x, taps.view(1, 1, -1, 1), stride=(scale, 1))
+    return F.conv2d(x, taps.view(1, 1, 1, -1), stride=(1, scale)).view(n, c, h // scale, w // scale)
+
+
+KERNELS = {"bicubic": bicubic_kernel, "gaussian": gaussian_kernel}
+
+
+def downsample(hr, scale=4, kernel="bicubic"):
+    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
+
+    kernel: "bicubic" (Sec. 3.2, within one grey level of Pillow's) or "gaussian" (Sec. 2).
     Raises ValueError where H or W is no multiple of scale.
     """
-    n, c, h, w = hr.shape
-    if h % scale or w % scale:
-        raise ValueError(f"{h}x{w} is no multiple of {scale}")
-
-    def on_grid(x):
-        return x.clamp(0, 1).mul(255).round().div(255)
-
-    if kernel == "bicubic":  # Pillow's two passes, the first of which leaves 8 bits, too
-        lr = on_grid(F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True))
-        lr = F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
-    elif kernel == "gaussian":
-        margin = 5 * scale // 4  # the taps reach 3 to 4 sigma
-        taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
-        taps = torch.softmax(-taps ** 2 / (2 * (0.4 * scale) ** 2), dim=0)  # exp(-d^2 / 2 sigma^2), sum 1
-        lr = F.pad(hr.reshape(n * c, 1, h, w), [margin] * 4, mode="replicate")
-        lr = F.conv2d(F.conv2d(lr, taps.view(1, 1, -1, 1), stride=(scale, 1)), taps.view(1, 1, 1, -1), stride=(1, scale))
-        lr = lr.view(n, c, h // scale, w // scale)
-    else:
-        raise ValueError(f"unknown kernel {kernel!r}: bicubic or gaussian")
-    return on_grid(lr)
+    if hr.shape[2] % scale or hr.shape[3] % scale:
+        raise ValueError(f"{hr.shape[2]}x{hr.shape[3]} is no multiple of {scale}")
+    return round_to_8_bits(KERNELS[kernel](hr, scale))
 
 
-def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
-    """[(stem, HR path, LR path or None)] of a validation or test set, sorted by stem.
-
-    `folder` holds HR pictures, or the folders HR and LR_<kernel>_x<scale>. LR pictures made
-    elsewhere bear the HR's stem, alone or with the usual endings (x4, _x4, _LR, _LRx4, _LR_x4, or
-    _SRF_4_LR for an HR that ends in _SRF_4_HR). Raises InputError: a stem twice, an HR without its LR.
-    """
-    folder = Path(folder)
-    if (folder / "HR").is_dir():
-        if lr_folder is None and (folder / f"LR_{kernel}_x{scale}").is_dir():
-            lr_folder = folder / f"LR_{kernel}_x{scale}"
-        folder = folder / "HR"
-    hr = _by_stem(folder)
-    if lr_folder is None:
-        return [(stem, path, None) for stem, path in sorted(hr.items())]
-    lr, pairs = _by_stem(lr_folder), []
-    for stem, path in sorted(hr.items()):
-        base = stem.removesuffix("_HR")
-        names = [stem] + [base + end for end in ("_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}")]
-        match = next((lr[name] for name in names if name in lr), None)
-        if match is None:
-            raise InputError(f"{path}: {lr_folder} holds no LR picture for it (looked for {', '.join(names)})")
-        pairs.append((stem, path, match))
-    return pairs
+def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
+    """The baselines, by Pillow: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3]."""
+    h, w = lr.shape[:2]
+    return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
-def real_paths(pairs, *more):
-    """{absolute path without links} of all files of find_pairs, and of `more` files."""
-    return {os.path.realpath(path) for path in (*more, *(path for _, *both in pairs for path in both)) if path}
-
-
-def _by_stem(folder):
+def by_name(paths):
+    """{name: path}; the name without x4, _LR, _HR and the like. InputError where two are alike."""
     found = {}
-    for path in find_images(folder):
-        if path.stem in found:
-            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
-        found[path.stem] = path
+    for path in paths:
+        name = re.sub(r"(_SRF_\d)?(_?[LH]R)?(_?x[2348])?$", "", path.stem) or path.stem
+        if name in found:
+            raise InputError(f"{path} and {found[name]} are one image by their names; keep one, or "
+                             "put HR and LR images into folders of their own")
+        found[name] = path
     return found
 
 
-def split(paths, shares=(80, 15, 5), validate_on=0):
-    """{"train", "val", "test"}: the paths in three parts, by percentages, the same for the same file names on any machine.
+def find_hr(folder):
+    """Paths of the HR images in a folder, or in its HR/. InputError where LR images are, too."""
+    folder = Path(folder)
+    folder = folder / "HR" if (folder / "HR").is_dir() else folder
+    paths = find_images(folder)
+    for path in paths:
+        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", str(path)[len(str(folder)):], re.I):
+            raise InputError(f"{folder} holds LR images, too ({path}); name the folder of HR")
+    for parent in {path.parent for path in paths}:
+        by_name(path for path in paths if path.parent == parent)
+    return paths
 
-    The names' SHA-256 puts them in order; val and test have at least one picture where their share is not 0.
-    Of val, train gets what exceeds `validate_on` pictures (0: nothing).
+
+def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
+    """[(stem, HR path, LR path or None)] of a folder of HR images, sorted by stem.
+
+    The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
+    lr_folder names LR images that lie elsewhere. LR images bear the HR's name, or end in x4, _x4,
+    _LR, _LRx4 or _LR_x4. Raises InputError for a name that stands twice, an HR without its LR.
     """
-    ranked = sorted(paths, key=lambda path: (hashlib.sha256(path.name.encode()).digest(), path.as_posix()))
+    folder = Path(folder)
+    if lr_folder is None and (folder / "HR").is_dir():
+        usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
+        lr_folder = next((path for path in usual if path.is_dir()), None)
+    hr = by_name(find_hr(folder))
+    lr = by_name(find_images(lr_folder)) if lr_folder else dict.fromkeys(hr)
+    if missing := hr.keys() - lr.keys():
+        raise InputError(f"{hr[min(missing)]}: {lr_folder} holds no LR image of this name")
+    return sorted((path.stem, path, lr[name]) for name, path in hr.items())
+
+
+def split(paths, shares=(80, 15, 5), validate_on=0):
+    """{"train", "val", "test"}: the paths, divided by percentages.
+
+    The order is that of the names' SHA-256, so the same on every machine; val and test have at
+    least one image where their share is not 0. Of val, all beyond `validate_on` images, where
+    that is not 0, go to train.
+    """
+    ranked = sorted(paths, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(),
+                                             path.as_posix()))
     val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
     held_out = min(val, validate_on or val)
-    return {"val": ranked[:held_out], "test": ranked[val:val + test], "train": sorted(ranked[held_out:val] + ranked[val + test:])}
+    return {"val": ranked[:held_out], "test": ranked[val:val + test],
+            "train": sorted(ranked[held_out:val] + ranked[val + test:])}
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
-    """(LR, HR) as uint8 arrays; HR is cut to a multiple of scale, LR is made from it where not given. Raises InputError."""
+    """(LR, HR) as uint8 arrays; HR is cut to a multiple of scale. LR is made where none is given.
+
+    Raises InputError where one is unreadable or their sizes do not fit.
+    """
     hr = open_rgb(hr_path)
     h, w = (side // scale for side in hr.shape[:2])
     if not h or not w:
@@ -246,925 +571,492 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
         return to_pixels(downsample(to_tensor(hr)[None], scale, kernel) * 2 - 1)[0].numpy(), hr
     lr = open_rgb(lr_path)
     if lr.shape != (h, w, 3):
-        raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of {hr_path.name} (expected {w}x{h})")
+        raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of "
+                         f"{hr_path.name} (expected {w}x{h})")
     return lr, hr
 
 
-def bicubic(lr, scale=4):
-    """The baseline: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3] by Pillow's BICUBIC."""
-    h, w = lr.shape[:2]
-    return np.array(Image.fromarray(lr).resize((w * scale, h * scale), Image.Resampling.BICUBIC))
+STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 
 
-def strip(pictures, labels):
-    """Pictures side by side, each with its label below: uint8 [h, w, 3] arrays of one size, strings -> PIL.Image."""
-    h, w = pictures[0].shape[:2]
-    lines = max(label.count("\n") for label in labels) + 1
-    size = next(n for n in range(24, 7, -1) if n == 8 or all(
-        ImageFont.load_default(n).getlength(line) <= w for label in labels for line in label.split("\n")))
-    sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h + (lines + 1) * size * 4 // 3), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        sheet.paste(Image.fromarray(picture), (i * (w + 4), 0))
-        draw.text((i * (w + 4) + w / 2, (h + sheet.height) / 2), label, fill="black", font=font, anchor="mm", align="center")
-    return sheet
+class Store:
+    """Images, decoded once into one file under `cache`: store[i] is a uint8 tensor [h, w, 3].
+
+    The file is named after the images' paths, sizes and times, and mapped into memory. mode:
+    "always", "never" (an image is decoded whenever it is asked for), or "auto": the file, unless
+    it would take 32 GiB or half of the free disk. Raises InputError where the disk is too small.
+    """
+
+    def __init__(self, paths, cache="cache", mode="auto"):
+        self.paths, self.size, self.pixels = list(paths), None, None
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        if mode == "never" or mode == "auto" and self.is_too_large(cache):
+            return
+        key = hashlib.sha256(b"2")                               # the version of the format
+        for path in self.paths:
+            stat = os.stat(path)
+            key.update(os.fsencode(os.path.abspath(path)))
+            key.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        file = Path(cache) / f"{key.hexdigest()[:20]}.pixels"
+        with FileLock(f"{file}.lock"):                           # another process may be making it
+            if not self.open(file):
+                self.decode(file)
+                self.open(file)
+
+    def is_too_large(self, cache):
+        """Whether the pixels would not fit, going by the headers of a hundred of the images."""
+        sample = self.paths[::len(self.paths) // 100 + 1]
+        n_bytes = 3 * len(self.paths) * sum(map(count_pixels, sample)) / len(sample)
+        if n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2):
+            say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels are too many for {cache}; "
+                "decoding images as they are needed")
+            return True
+
+    def open(self, file):
+        """Map a complete store; False where there is none."""
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            size = np.load(file.with_suffix(".npy"))             # heights and widths: int64 [n, 2]
+            area = size.prod(1)
+            if size.shape == (len(self.paths), 2) and file.stat().st_size == 3 * area.sum() > 0:
+                self.size, self.start = size, np.cumsum(area) - area
+                mapped = np.memmap(file, np.uint8, "c")          # private: torch wants it writable
+                self.pixels = torch.from_numpy(mapped).view(-1, 3)
+                return True
+        return False
+
+    def decode(self, file):
+        """Write the pixels of all images to `file`, one after the other, and their sizes."""
+        def pixels(path):
+            with contextlib.suppress(InputError):
+                return open_rgb(path)
+            return np.empty((0, 0, 3), np.uint8)                 # unreadable
+
+        sizes = []
+        try:
+            with replacing(file) as temporary, open(temporary, "wb") as output, \
+                    ThreadPoolExecutor() as pool, tqdm(desc="decoding once", unit="image",
+                                                       total=len(self.paths), disable=None) as bar:
+                for first in range(0, len(self.paths), 64):      # at most so many wait in memory
+                    for image in pool.map(pixels, self.paths[first:first + 64]):
+                        output.write(image)
+                        sizes.append(image.shape[:2])
+                        bar.update()
+            with replacing(file.with_suffix(".npy")) as temporary, open(temporary, "wb") as output:
+                np.save(output, np.array(sizes, np.int64))
+        except OSError as error:
+            raise InputError(f"{file.parent}: cannot hold the decoded pixels ({one_line(error)}); "
+                             "name another folder with --cache, or use --set store=never") from None
+        if not any(map(any, sizes)):
+            raise InputError(f"{self.paths[0]} and all other images are unreadable")
+
+    def __getitem__(self, i):
+        """Raises InputError where the image has to be decoded and cannot be."""
+        if self.pixels is None:
+            return torch.from_numpy(open_rgb(self.paths[i]))
+        (h, w), start = self.size[i], self.start[i]
+        return self.pixels[start:start + h * w].view(h, w, 3)
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Patches. Sec. 3.2: "for each mini-batch we crop 16 random 96x96 HR sub images of distinct
-#    training images". Every picture is decoded once, into one flat array of pixels; a batch is
-#    one gather from it, the flips and rotations being part of the index, and the LR side one
-#    batched downsampling. Where the pixels fit on the GPU, all of this happens there.
-# ---------------------------------------------------------------------------------------------
+def count_pixels(path):
+    """How many an image has by its header; 0 where it has none."""
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        return image.width * image.height
+    return 0
 
-MARGIN = 2  # LR pixels around a patch that its outermost LR pixels are computed from
-SYMMETRIES = {"none": (0,), "flip": (0, 1), "all": tuple(range(8))}  # bits: mirror, upside down, transpose
-STORE_LIMIT = 32 * 2 ** 30  # bytes of pixels; a larger data set is streamed
+
+MARGIN = 2                                # LR pixels around a patch, which its LR pixels depend on
+SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see Patches.cut
 
 
 class Patches:
-    """Random training patches of the pictures at `paths`.
+    """Random training patches: "16 random 96x96 HR sub images of distinct training images".
 
-    patch_size: side of the HR patch, a multiple of scale. augment: "none", "flip" (mirror images)
-    or "all" (the eight flips and rotations). crop_margin: the part of a picture's height and width,
-    0 to below 0.5, that patches keep away from each border, as far as the picture is large enough.
-    store: "always" decodes every picture once into a file of pixels under `cache`, "never" decodes
-    them anew for each batch in worker processes, and "auto" takes the store while it is below
-    32 GiB and half of the free disk. weights: how often each picture is drawn relative to the
-    others, alike by default. What update number `step` sees depends on (seed, rank, step) alone,
-    on every device. Pictures that are unreadable or smaller than a patch with its margin are left
-    out, with a line on stderr; InputError where none is left.
+    hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
+    patch, a multiple of scale. augment: "none", "flip" (mirror images) or "all" (eight flips and
+    rotations). crop_margin: the part of an image's height and width, 0 to below 0.5, that patches
+    keep away from each border. What update `step` sees depends on (seed, rank, step) alone.
+    Images that are unreadable or too small are left out; InputError where none remains.
     """
 
-    def __init__(self, paths, patch_size=96, scale=4, kernel="bicubic", augment="all", crop_margin=0.0, device="cpu",
-                 cache="cache", store="auto", weights=None, seed=0, rank=0):
-        self.paths, self.scale, self.kernel, self.device = list(paths), scale, kernel, torch.device(device)
-        self.codes, self.crop_margin, self.seed, self.rank = np.array(SYMMETRIES[augment]), crop_margin, seed, rank
-        self.weights = np.ones(len(self.paths)) if weights is None else np.asarray(weights, float)
-        self.start, self.size, self.pixels = _open_store(self.paths, cache, store)
-        self.window = None
+    def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", augment="all",
+                 crop_margin=0.0, lr=None, device="cpu", seed=0, rank=0, threads=None):
+        self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
+        self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
+        self.device, self.seed, self.rank = torch.device(device), seed, rank
+        self.threads = threads or os.cpu_count()
         self.resize(patch_size)
-        if self.pixels is not None and self.device.type == "cuda" \
-                and self.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
-            self.pixels = self.pixels.to(self.device)
+        for store in (hr, lr):
+            if self.device.type == "cuda" and store is not None and store.pixels is not None \
+                    and store.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
+                store.pixels = store.pixels.to(self.device)
 
     def resize(self, patch_size):
-        """Go on with patches of another size."""
-        if self.window == patch_size + 2 * MARGIN * self.scale:
-            return
-        self.window = patch_size + 2 * MARGIN * self.scale  # side of the HR crop that a patch is made from
-        usable = (self.size >= self.window).all(1)
-        if left_out := [str(p) for p, ok in zip(self.paths, usable) if not ok]:
-            print(f"left out {len(left_out)} of {len(usable)} pictures, unreadable or smaller than "
-                  f"{self.window}x{self.window}: {', '.join(left_out[:3])}{' ...' * (len(left_out) > 3)}", file=sys.stderr)
-        self.chance = usable * self.weights
-        if not self.chance.any():
-            raise InputError(f"no picture is {self.window}x{self.window} or larger, which a patch of {patch_size} with "
-                             "its margin needs; give larger pictures or a smaller patch_size")
-        self.chance /= self.chance.sum()
+        """Go on with patches of this size."""
+        self.window = patch_size + 2 * MARGIN * self.scale       # LR is made from a crop so large
+        usable = np.ones(len(self.hr.paths), bool)
+        if self.hr.size is not None:
+            usable = (self.hr.size >= self.window).all(1)
+        if left_out := [str(path) for path, good in zip(self.hr.paths, usable) if not good]:
+            say(f"left out {len(left_out)} of {len(usable)} images, unreadable or smaller than "
+                f"{self.window}x{self.window}: {', '.join(left_out[:3])}"
+                f"{' ...' * (len(left_out) > 3)}")
+        if not usable.any():
+            raise InputError(f"no image is {self.window}x{self.window} or larger, a patch of "
+                             f"{patch_size} with its margin; give larger images or set patch_size")
+        self.chance = usable / usable.sum()
 
-    def _draw(self, step, n):
-        """n random (picture, top, left, symmetry), the pictures distinct where there are enough: int64 [n, 4]."""
-        rng = np.random.default_rng((self.seed, self.rank, step))
+    def draw(self, step, n, attempt=0):
+        """n random (image, y, x, symmetry), y and x from 0 to 1; distinct images if possible."""
+        rng = np.random.default_rng((self.seed, self.rank, step + attempt * 2 ** 40))
         distinct = np.count_nonzero(self.chance) >= n
-        image = rng.choice(len(self.paths), n, replace=not distinct, p=self.chance)
-        free = self.size[image] // self.scale - self.window // self.scale  # where a window may begin, on the LR grid: [n, 2]
-        margin = np.minimum((self.crop_margin * self.size[image] / self.scale).astype(np.int64), free // 2)
-        corner = (margin + (rng.random((n, 2)) * (free - 2 * margin + 1)).astype(np.int64)) * self.scale
-        return np.column_stack([image, corner, rng.choice(self.codes, n)])
+        image = rng.choice(len(self.chance), n, replace=not distinct, p=self.chance)
+        return list(zip(image, rng.random((n, 2)), rng.choice(self.symmetries, n)))
 
-    def _gather(self, step, n):
-        """Windows from the store: uint8 [n, window, window, 3] on the device that holds the pixels.
+    def cut(self, image, place, symmetry):
+        """A window at the place [y, x] of an image: [w, w, 3] of HR and, if given, of LR."""
+        hr, scale = self.hr[image], self.scale
+        size = np.array(hr.shape[:2])
+        free = size // scale - self.window // scale              # where it may begin, in LR pixels
+        if free.min() < 0:
+            raise InputError(f"{self.hr.paths[image]}: smaller than {self.window}x{self.window}")
+        margin = np.minimum((self.crop_margin * size / scale).astype(np.int64), free // 2)
+        corner = margin + (place * (free - 2 * margin + 1)).astype(np.int64)
+        windows = [flip(crop(hr, corner * scale, self.window), symmetry)]
+        if self.lr is not None:
+            lr = self.lr[image]
+            if lr.shape[:2] != (*size // scale,):
+                raise InputError(f"{self.lr.paths[image]}: not 1/{scale} of its HR image's size")
+            windows.append(flip(crop(lr, corner, self.window // scale), symmetry))
+        return windows
 
-        A symmetry is where the index starts and how far, and which way, a step down or right takes it.
-        """
-        image, top, left, code = self._draw(step, n).T
-        width, last = self.size[image, 1], self.window - 1
-        mirrored, turned, transposed = code & 1 > 0, code & 2 > 0, code & 4 > 0
-        first = self.start[image] + (top + turned * last) * width + left + mirrored * last
-        down, right = np.where(turned, -width, width), np.where(mirrored, -1, 1)
-        down, right = np.where(transposed, right, down), np.where(transposed, down, right)
-        first, down, right = torch.from_numpy(np.stack([first, down, right])).to(
-            self.pixels.device, non_blocking=True)[:, :, None, None]
-        i = torch.arange(self.window, device=first.device)
-        index = first + down * i.view(1, -1, 1) + right * i.view(1, 1, -1)  # [n, window, window]
-        return self.pixels.index_select(0, index.flatten()).view(*index.shape, 3)
+    def windows(self, step, n):
+        """The windows of update `step`: uint8 [n, w, w, 3] of HR and, if given, of LR."""
+        found = []
+        for attempt in range(10):                                # again for those that fail
+            for drawn in self.draw(step, n - len(found), attempt):
+                try:
+                    found.append(self.cut(*drawn))
+                except InputError as error:
+                    say(f"left out: {error}")
+            if len(found) == n:
+                return [torch.stack(windows) for windows in zip(*found)]
+        raise InputError("most of the training images cannot be used")
+
+    def stream(self, n, first, last):
+        """The windows of updates first to last - 1, decoded a little ahead, by threads."""
+        pool, ahead = ThreadPoolExecutor(self.threads), deque()
+        try:
+            for step in range(first, last):
+                ahead.append(pool.submit(self.windows, step, n))
+                if len(ahead) > 2 * self.threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:                                                 # where the stream is left, too
+            pool.shutdown(cancel_futures=True)
 
     def batches(self, n, first, last):
-        """Yield (LR [n, 3, p/scale, p/scale] in [0, 1], HR [n, 3, p, p] in [-1, 1]) for updates first to last - 1."""
-        if self.pixels is not None:
-            windows = (self._gather(step, n) for step in range(first, last))
-        else:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            windows = torch.utils.data.DataLoader(_Decoder(self, n), batch_size=None, sampler=range(first, last),
-                                                  num_workers=cores, worker_init_fn=_ignore_signals,
-                                                  pin_memory=self.device.type == "cuda")
-        cut = MARGIN * self.scale
-        for window in windows:
-            if isinstance(window, Path):
-                raise InputError(f"{window} and most other pictures cannot be read any more")
-            if window.device.type == "cpu" and self.device.type == "cuda" and not window.is_pinned():
-                window = window.pin_memory()  # so that the copy waits for nothing
-            window = to_tensor(window.to(self.device, non_blocking=True))  # [n, 3, window, window]
-            lr = downsample(window, self.scale, self.kernel)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
-            hr = window[:, :, cut:-cut, cut:-cut] * 2 - 1
-            yield (lr.contiguous(memory_format=torch.channels_last), hr.contiguous(memory_format=torch.channels_last))
+        """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1], p the patch
+        size, for updates first to last - 1."""
+        stored = (self.windows(step, n) for step in range(first, last))
+        for hr, *lr in self.stream(n, first, last) if self.hr.pixels is None else stored:
+            hr = self.upload(hr)                                 # [n, 3, window, window]
+            lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
+            lr, hr = crop_border(lr, MARGIN), crop_border(hr, MARGIN * self.scale) * 2 - 1
+            yield tuple(x.contiguous(memory_format=torch.channels_last) for x in (lr, hr))
 
+    def upload(self, windows):
+        """uint8 [n, w, w, 3] -> float32 [n, 3, w, w] in [0, 1], on the device."""
+        if windows.device.type == "cpu" and self.device.type == "cuda":
+            windows = windows.pin_memory()                       # the copy then waits for nothing
+        return to_tensor(windows.to(self.device, non_blocking=True))
 
-def _ignore_signals(_):
-    """In a worker process: a signal to all processes at once is for the main one to act on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
+def crop(image, corner, side):
+    """[h, w, 3] -> [side, side, 3], from the corner (top, left) on."""
+    return image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
 
-class _Decoder(torch.utils.data.Dataset):
-    """Windows of update `step`, decoded from the files: what a worker process of the DataLoader runs."""
 
-    def __init__(self, patches, n):
-        self.patches, self.n = patches, n
+def crop_border(x, n):
+    """[N, C, H, W] -> [N, C, H - 2n, W - 2n]"""
+    return x[:, :, n:-n, n:-n]
 
-    def __getitem__(self, step):
-        side, windows = self.patches.window, []
-        retry = 2 ** 40  # beyond any step
-        for draw in range(step, step + 10 * retry, retry):  # again only where a picture turns out to be broken
-            for image, top, left, code in self.patches._draw(draw, self.n - len(windows)):
-                path = self.patches.paths[image]
-                try:
-                    window = open_rgb(path)[top:top + side, left:left + side]
-                    if window.shape != (side, side, 3):
-                        raise InputError(f"{path}: not of the size that its header announces")
-                except InputError as error:
-                    print(error, file=sys.stderr)
-                    continue
-                window = window[:, ::-1] if code & 1 else window
-                window = window[::-1] if code & 2 else window
-                windows.append(window.swapaxes(0, 1) if code & 4 else window)
-            if len(windows) == self.n:
-                return torch.from_numpy(np.stack(windows))
-        return path  # an exception would come out of the worker process as a traceback
 
+def flip(patch, symmetry):
+    """One of the eight symmetries of a square [s, s, 3]; bits: mirror, upside down, transpose."""
+    patch = patch.flip(1) if symmetry & 1 else patch
+    patch = patch.flip(0) if symmetry & 2 else patch
+    return patch.transpose(0, 1) if symmetry & 4 else patch
 
-def _read_size(path):
-    """(height, width) of a picture as open_image would give it, from the file's header; (0, 0) where it is unreadable."""
-    try:
-        with open_within_limit(path) as image:
-            exif = Image.Image.getexif(image)  # PNG's own would decode the whole picture
-            turned = exif.get(0x0112, 1) >= 5 and image.format != "TIFF"  # 5 to 8 swap the sides; Pillow did so for TIFF
-            return image.size if turned else image.size[::-1]
-    except Exception:
-        return 0, 0
 
-
-def _parallel(function, items, title):
-    pool = ThreadPoolExecutor()
-    try:
-        return list(tqdm(pool.map(function, items), title, len(items), unit="picture", disable=None))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
-
-
-def _open_store(paths, cache, store):
-    """All pictures' pixels end to end, in a file that is made on first use, and where each picture is in it.
-
-    Gives start [n], in pixels; size [n, 2], height and width, 0 x 0 for what cannot be decoded; and
-    the pixels, uint8 [all, 3], mapped from the file, or None where the pictures are to be streamed.
-    The files' key is made of the pictures' paths, sizes and times. A file takes its name when it
-    is complete, so one that was cut off half-way is made again.
-    """
-    def key():
-        value = hashlib.sha256(b"1")  # the version of the format
-        for path in paths:
-            stat = os.stat(path)
-            value.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-        return value.hexdigest()[:20]
-
-    name, cache = key(), Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    with lock(cache / f"{name}.lock"):  # a second process waits for the first, and finds its store
-        remove_leftovers(cache)
-        return _find_or_make_store(paths, cache / f"{name}.pixels", store, lambda: key() == name)
-
-
-def _find_or_make_store(paths, file, store, unchanged):
-    index, cache = file.with_suffix(".npy"), file.parent
-    try:
-        table = np.load(index)  # [n, 3]: start, height, width
-        if table.shape != (len(paths), 3) or table.dtype != np.int64 or table.min() < 0:
-            raise ValueError
-    except (OSError, ValueError, EOFError):  # none, or a damaged one
-        sizes = _parallel(_read_size, paths, "reading sizes")
-        area = np.array(sizes, dtype=np.int64).prod(1)
-        table = np.column_stack([np.cumsum(area) - area, sizes])
-        file.unlink(missing_ok=True)
-        _save_array(index, table)
-    start, size = table[:, 0], table[:, 1:]
-    total = max(int((start + size.prod(1)).max()), 1)
-    if store == "never":
-        return start, size, None
-    if not file.exists() or file.stat().st_size < total * 3 or file.stat().st_size % 3:  # larger where the last picture is broken
-        free = shutil.disk_usage(cache).free
-        if store == "auto" and total * 3 > min(STORE_LIMIT, free // 2):
-            print(f"{total * 3 / 2 ** 30:.1f} GiB of decoded pixels are too many to keep; decoding as they are needed",
-                  file=sys.stderr)
-            return start, size, None
-        if total * 3 > free:
-            raise InputError(f"{cache}: {total * 3 / 2 ** 30:.1f} GiB of decoded pixels do not fit in {free / 2 ** 30:.1f} GiB "
-                             "of free disk; name another folder with --cache, or stream with --set store=never")
-        with replacing(file) as temporary:
-            with open(temporary, "wb") as reserved:  # a disk that fills up later would kill the process
-                (getattr(os, "posix_fallocate", None) or (lambda fd, start, n: os.truncate(fd, n)))(reserved.fileno(), 0, total * 3)
-            pixels = np.memmap(temporary, np.uint8, "r+", shape=(total, 3))
-
-            def decode(i):
-                try:
-                    picture = open_rgb(paths[i])
-                    pixels[start[i]:start[i] + size[i].prod()] = picture.reshape(-1, 3)
-                    size[i] = picture.shape[:2]
-                except ValueError:  # it is broken (InputError), or its header announced another size
-                    size[i] = 0
-            _parallel(decode, range(len(paths)), "decoding once")
-            pixels.flush()
-            if not unchanged():
-                raise InputError("pictures of the training data changed while they were decoded; start again")
-            _save_array(index, table)
-    return start, size, torch.from_numpy(np.memmap(file, np.uint8, "c").reshape(-1, 3))  # "c": private, as torch wants it writable
-
-
-def _save_array(path, array):
-    with replacing(path) as temporary:
-        np.save(temporary, array)
-
-
-# ---------------------------------------------------------------------------------------------
-# 3. Networks. Sec. 2.1 and Fig. 4, in the figure's notation: k kernel, n feature maps, s stride.
-# ---------------------------------------------------------------------------------------------
-
-def conv(n_in, n_out, k, s=1, bias=True):
-    """k x k convolution, zeros around: [N, n_in, h, w] -> [N, n_out, h / s, w / s], rounded up."""
-    return nn.Conv2d(n_in, n_out, k, s, k // 2, bias=bias)
-
-
-class ResidualBlock(nn.Module):
-    """k3n64s1, BN, PReLU, k3n64s1, BN, elementwise sum: [N, n, h, w] -> the same. No bias before BN, which would subtract it again."""
-    radius, norm = 2, True  # pixels that a block sees to each side
-
-    def __init__(self, n):
-        super().__init__()
-        self.body = nn.Sequential(conv(n, n, 3, bias=False), nn.BatchNorm2d(n), PReLU(),
-                                  conv(n, n, 3, bias=False), nn.BatchNorm2d(n))
-
-    def forward(self, x):
-        return x + self.body(x)
-
-
-class DenseBlock(nn.Module):
-    """Wang et al. 2018, Fig. 4: five k3 convolutions that see all feature maps before them, LReLU between: [N, n, h, w] -> the same."""
-
-    def __init__(self, n, growth=32):
-        super().__init__()
-        self.convs = nn.ModuleList(conv(n + i * growth, growth if i < 4 else n, 3) for i in range(5))
-
-    def forward(self, x):                      # [N, 64, h, w]
-        maps = x
-        for layer in self.convs[:-1]:
-            maps = torch.cat([maps, F.leaky_relu(layer(maps), 0.2)], 1)  # [N, 96 to 192, h, w]
-        return x + 0.2 * self.convs[-1](maps)
-
-
-class RRDB(nn.Module):
-    """ESRGAN's residual-in-residual dense block, without batch norm (Wang et al. 2018, arXiv:1809.00219); no part of the paper."""
-    radius, norm = 15, False
-
-    def __init__(self, n):
-        super().__init__()
-        self.body = nn.Sequential(DenseBlock(n), DenseBlock(n), DenseBlock(n))
-
-    def forward(self, x):
-        return x + 0.2 * self.body(x)
-
-
-BLOCKS = {"residual": ResidualBlock, "rrdb": RRDB}
-
-
-class Generator(nn.Module):
-    """G, Fig. 4 top: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w] in [-1, 1].
-
-    1,547,350 parameters at scale 4; each PReLU has one slope, and convolutions before BN no bias
-    (2,112 more with them). It starts as nearest-neighbour upsampling, from which it learns faster.
-    block: "residual" is the paper's, "rrdb" ESRGAN's.
-    """
-
-    def __init__(self, scale=4, channels=64, n_blocks=16, block="residual"):
-        super().__init__()
-        self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "block": block}  # saved with the weights
-        Block = BLOCKS[block]
-        n = channels
-        self.head = nn.Sequential(conv(3, n, 9), PReLU())                                           # k9n64s1
-        self.blocks = nn.Sequential(*[Block(n) for _ in range(n_blocks)])                           # B residual blocks
-        self.fuse = nn.Sequential(conv(n, n, 3, bias=not Block.norm), *([nn.BatchNorm2d(n)] if Block.norm else []))  # k3n64s1, BN
-        self.upsample = nn.Sequential(*[layer for _ in range(int(math.log2(scale))) for layer in (
-            conv(n, 4 * n, 3), nn.PixelShuffle(2), PReLU())])                                       # k3n256s1, x2
-        self.tail = conv(n, 3, 9)                                                                   # k9n3s1
-        with torch.no_grad():  # G starts as nearest-neighbour upsampling: three channels carry RGB from end to end
-            nn.init.dirac_(self.head[0].weight[:3])
-            self.head[0].bias[:3] = 0
-            for p in self.fuse[-1].parameters():
-                nn.init.zeros_(p)
-            for layer in self.upsample[::3]:
-                nn.init.dirac_(layer.weight[:12:4])
-                layer.bias[:12:4] = 0
-                icnr_(layer)
-            nn.init.dirac_(self.tail.weight).mul_(2.5)  # tanh(2.5 x - 1.25) takes [0, 1] nearly to [-1, 1]
-            self.tail.bias.fill_(-1.25)
-
-    def forward(self, lr):                     # [N, 3, h, w]
-        return self.enlarge(self.features(lr))
-
-    def features(self, lr):
-        """Fig. 4 up to the long skip connection, at the size of LR: [N, 3, h, w] -> feature maps [N, channels, h, w]."""
-        x = self.head(lr)                      # [N, 64, h, w]
-        return x + self.fuse(self.blocks(x))   # [N, 64, h, w], the long skip connection
-
-    def enlarge_as_drawn(self, x):
-        """The rest of Fig. 4: feature maps [N, channels, h, w] -> SR [N, 3, scale h, scale w] in [-1, 1]."""
-        x = self.tail(self.upsample(x))        # [N, 3, 4h, 4w]
-        return torch.tanh(x.float())           # [-1, 1]
-
-    def enlarge(self, x):
-        """enlarge_as_drawn, faster: PReLU acts on each element alone, so the last shuffle may come after it and the tail (conv_of_shuffled)."""
-        *layers, _, activation = self.upsample
-        for layer in layers:
-            x = layer(x)                       # [N, 256, 2h, 2w]
-        x = conv_of_shuffled(activation(x), self.tail)
-        return torch.tanh(x.float())
-
-    @property
-    def radius(self):
-        """How many LR pixels away an SR pixel still sees: half of the receptive field, rounded up."""
-        return 4 + sum(block.radius for block in self.blocks) + 1 + self.enlarge_radius  # 9x9, the blocks, 3x3
-
-    @property
-    def enlarge_radius(self):
-        """How many LR pixels away `enlarge` sees."""
-        steps = sum(0.5 ** i for i in range(int(math.log2(self.arch["scale"]))))  # 3x3 at 1, 1/2, 1/4 LR pixel
-        return math.ceil(steps + 4 / self.arch["scale"])                          # 9x9 at the scale of SR
-
-
-@torch.no_grad()
-def icnr_(layer, r=2):
-    """Initialise a sub-pixel convolution, weight [n r^2, c, k, k], as nearest-neighbour upsampling (Aitken et al., arXiv:1707.02937).
-
-    The r^2 filters that PixelShuffle weaves into one feature map start alike, so no checkerboard pattern.
-    """
-    layer.weight.copy_(layer.weight[::r * r].repeat_interleave(r * r, dim=0))
-    layer.bias.copy_(layer.bias[::r * r].repeat_interleave(r * r, dim=0))
-
-
-NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
-
-
-class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> [N] logits. The sigmoid is part of the loss (Eq. 1).
-
-    k3n64s1, LReLU, then k3 convolutions with BN and LReLU whose strides alternate between 2 and 1;
-    dense 1024, LReLU, dense 1. Built for one patch_size: at 96 the dense layer sees 512 x 6 x 6 = 18432.
-    Departures: first_kernel of another size; norm "instance" for a critic whose gradient penalty
-    needs independent pictures; pool: average to pool x pool positions first, so that any patch fits.
-    """
-
-    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512), first_kernel=3, norm="batch", pool=0):
-        super().__init__()
-        layers = [conv(3, channels[0], first_kernel), nn.LeakyReLU(0.2, inplace=True)]  # k3n64s1
-        for i, (n_in, n) in enumerate(zip(channels, channels[1:]), 1):          # n64s2 n128s1 n128s2 ... n512s2
-            layers += [conv(n_in, n, 3, s=1 + i % 2, bias=False), NORMS[norm](n, affine=True), nn.LeakyReLU(0.2, inplace=True)]
-        self.features = nn.Sequential(*layers, *([nn.AdaptiveAvgPool2d(pool)] if pool else []))
-        side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))        # 96 -> 6
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024), nn.LeakyReLU(0.2),
-                                        nn.Linear(1024, 1))
-
-    def forward(self, x):                      # [N, 3, 96, 96]
-        x = self.features(x)                   # [N, 512, 6, 6]
-        return self.classifier(x).float().squeeze(1)
-
-
-# What Fig. 4 draws, computed faster.
-
-class PReLU(nn.PReLU):
-    """PReLU with one slope: max(0, x) + a min(0, x). On the CPU its gradient takes half of the time that torch's takes."""
-
-    def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _PReLUFunction.apply(x, self.weight)
-        return super().forward(x)
-
-
-class _PReLUFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, a):
-        ctx.save_for_backward(x, a)
-        return F.leaky_relu(x, a.item())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, a = ctx.saved_tensors
-        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)  # summed in float32, not copied to it
-        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
-
-
-def conv_of_shuffled(x, layer, r=2):
-    """layer(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, r h, r w].
-
-    An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
-    pixels around it. So the k x k weights on c feature maps, moved by the position and unshuffled,
-    are weights on c r^2 maps: 9x9 with 64 -> 3 maps becomes 5x5 with 256 -> 12, which fills the
-    vector units, and 3 large maps are shuffled instead of 64.
-    """
-    k, reach = layer.kernel_size[0], math.ceil(layer.padding[0] / r)  # reach in LR pixels
-    side, weight = r * (2 * reach + 1), []     # the 9x9 weights move within 10x10
-    for i in range(r):
-        for j in range(r):
-            top, left = (r * reach - layer.padding[0] + n for n in (i, j))
-            moved = F.pad(layer.weight, (left, side - k - left, top, side - k - top))                # [3, 64, 10, 10]
-            weight.append(F.pixel_unshuffle(moved, r))                                               # [3, 256, 5, 5]
-    weight = torch.stack(weight, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [12, 256, 5, 5]
-    return F.pixel_shuffle(F.conv2d(x, weight, layer.bias.repeat_interleave(r * r), padding=reach), r)
-
-
-VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-
-
-class ContentNetwork(nn.Module):
-    """A frozen ImageNet network up to one layer: [N, 3, H, W] in [-1, 1] -> feature maps phi, divided by `divisor`.
-
-    Sec. 3.2 scales the feature maps by 1/12.75, which makes the content loss 0.006 of Eq. 5.
-    weights: "imagenet" (torchvision's file, downloaded on first use), a path to a file in
-    torchvision's layout, whole network or features alone, or "random" (seeded, for tests). Raises
-    InputError where the weights cannot be had.
-    """
-
-    def __init__(self, features, weights, url, divisor):
-        super().__init__()
-        if weights == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                for p in features.parameters():
-                    nn.init.kaiming_normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
-        else:
-            features.load_state_dict(_imagenet_state(features, weights, url))
-        self.features, self.divisor = features.eval().requires_grad_(False), divisor
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-
-    def forward(self, x):
-        return self.features(((x + 1) / 2 - self.mean) / self.std).float() / self.divisor
-
-
-class TruncatedVGG19(ContentNetwork):
-    """phi(i,j) of Eq. 5: VGG19 up to the j-th convolution, after its activation, before the i-th max-pooling.
-
-    layer "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6]. See ContentNetwork.
-    """
-
-    layers = {f"{i}_{j}": (i, j) for i, depth in enumerate((2, 2, 4, 4, 4), 1) for j in range(1, depth + 1)}
-
-    def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
-        if layer not in self.layers:
-            raise InputError(f"VGG19 has no layer {layer!r}; it has {' '.join(self.layers)}")
-        layers, n_in = [], 3
-        for name, (i, j) in self.layers.items():
-            n = min(64 * 2 ** (i - 1), 512)
-            layers += [nn.MaxPool2d(2)] * (j == 1 and i > 1) + [conv(n_in, n, 3), nn.ReLU(inplace=True)]
-            n_in = n
-            if name == layer:
-                break
-        super().__init__(nn.Sequential(*layers), weights, VGG19_URL, divisor)
-
-
-class TruncatedSqueezeNet(ContentNetwork):
-    """A light content network, no part of the paper: SqueezeNet 1.1 up to features[layer], a sixtieth of VGG19's work.
-
-    layer 12 is the last: [N, 3, 96, 96] -> [N, 512, 5, 5]. See ContentNetwork.
-    """
-
-    layers = tuple(map(str, range(13)))
-
-    def __init__(self, layer="12", weights="imagenet", divisor=12.75):
-        from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
-        if layer not in self.layers:
-            raise InputError(f"SqueezeNet 1.1 has no layer {layer!r}; it has 0 to 12")
-        features = squeezenet1_1().features
-        super().__init__(features[:int(layer) + 1], weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url, divisor)
-
-
-CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
-
-
-def _imagenet_state(features, weights, url):
-    """The part of a weights file in torchvision's layout that `features` needs, as float32."""
-    if weights == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-        except Exception as error:  # no network, a cut-off download, another hash, a broken file in the cache
-            raise InputError(f"cannot download {url} ({one_line(error)}); fetch it elsewhere and name it with "
-                             "--vgg-weights PATH, or try things out with --vgg-weights random") from None
-    else:
-        state = load_checkpoint(weights)
-    state = {key.removeprefix("features."): value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
-    missing = [key for key, value in features.state_dict().items()
-               if key not in state or state[key].shape != value.shape]
-    if missing:
-        raise InputError(f"{weights}: holds no weights of this network (features.{missing[0]} is missing or has another shape)")
-    return {key: state[key].float() for key in features.state_dict()}
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Losses. Sec. 2.2. Eq. 3: l^SR = l^SR_X + 1e-3 l^SR_Gen.
-# ---------------------------------------------------------------------------------------------
-
-PIXEL_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}  # Eq. 4: mean over pixels of (I^HR - G(I^LR))^2
-
-
-def content_loss(phi, sr, hr):
-    """Eq. 5: (phi(I^HR) - phi(G(I^LR)))^2, [N, 3, H, W] in [-1, 1] twice -> scalar; the HR side carries no gradient.
-
-    The mean over the pictures and feature maps, where Eq. 5 divides by the positions alone: so that
-    the weight of this loss means the same for every layer and batch.
-    """
-    with torch.no_grad():
-        target = phi(hr)
-    return F.mse_loss(phi(sr), target)
-
-
-def grid_loss(sr, hr, scale=4, window=8):
-    """Mean over windows, colours and the scale^2 places in an LR pixel of |mean of SR - HR at that place|. Not of the paper.
-
-    [N, 3, H, W] in [-1, 1] twice -> scalar; H and W are multiples of scale, window counts LR pixels.
-    What G repeats in every LR pixel, and a wrong colour, stay in these means; texture leaves
-    1/window of its strength. On plain areas such a grid is all that G can offer D, and Eq. 5 hardly
-    sees it. A pattern whose period does not divide scale escapes to spectrum_loss.
-    """
-    error = F.pixel_unshuffle((sr - hr).contiguous(), scale)       # [N, 3 scale^2, H / scale, W / scale]
-    side = [n // max(1, n // window) for n in error.shape[-2:]]    # of whole windows, as near to `window` as fits
-    return F.avg_pool2d(error, side).abs().mean()
-
-
-def _spectrum(x, window):
-    """Amplitudes of every frequency in overlapping windows of x [N, 3, H, W]: [N, 3, rows, columns, window, window / 2 + 1]."""
-    r, g, b = x.float().unbind(1)
-    x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)  # orthonormal: coloured noise shows
-    hann = torch.hann_window(window, periodic=False, device=x.device)
-    hann = hann / hann.square().mean().sqrt()
-    x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)  # [N, 3, rows, columns, window, window]
-    return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
-
-
-def spectrum_loss(sr, hr, window=16):
-    """Mean |amplitude of SR - amplitude of HR| over the frequencies of half-overlapping Hann windows. Not of the paper.
-
-    [N, 3, H, W] in [-1, 1] twice -> scalar; the HR side carries no gradient. Amplitudes have the units
-    of the pixels: white noise of deviation s has root mean square s at each frequency. Where a hair lies
-    is not compared: other hairs of the same kind cost 0.6 of what a blur costs, a regular pattern of the
-    same energy more than the blur. Cheapest is texture of 3/4 of the strength; the rest is D's to ask for.
-    """
-    window = min(window, *hr.shape[-2:])
-    with torch.no_grad():
-        target = _spectrum(hr, window)
-    return (_spectrum(sr, window) - target).abs().mean()
-
-
-def stationarity_loss(sr, hr, scale=4):
-    """How much SR's texture depends on the place within an LR pixel, as no photo's does. Not of the paper.
-
-    [N, 3, H, W] in [-1, 1] twice -> scalar; H and W are multiples of scale, HR carries no gradient.
-    Grey detail (less its 5x5 mean) is divided by the root of HR's strength around it. The mean product
-    of two of the scale^2 places, over all LR pixels of the batch, in units of HR's mean square, should
-    depend on how they lie to each other alone: mean |difference from the mean of all that lie alike|.
-    HR itself costs what chance leaves, 0.01 for 16 patches of 96 pixels, and a blur nothing. Dots of either
-    sign in rows cost, which grid_loss does not see; places of two LR pixels are not compared, nor colours.
-    """
-    def detail(x):                             # [N, 3, H, W] -> [N, scale^2, H / scale, W / scale]
-        x = x.float().mean(1, keepdim=True)
-        return F.pixel_unshuffle(x - F.avg_pool2d(x, 5, 1, 2, count_include_pad=False), scale)
-
-    with torch.no_grad():
-        target = detail(hr)
-        strength = F.avg_pool2d(target.square().mean(1, keepdim=True), 7, 1, 3, count_include_pad=False).sqrt()
-        weight = (strength + 0.01).rsqrt()     # 0.01, about a grey level, bounds what flat areas weigh
-        unit = (weight * target).square().mean().clamp(min=1e-3)
-    x = (weight * detail(sr)).transpose(0, 1).flatten(1)  # [scale^2, N H W / scale^2]
-    with torch.autocast(x.device.type, enabled=False):
-        product = (x @ x.T / (x.shape[1] * unit)).flatten()
-    place = torch.arange(scale * scale, device=sr.device)
-    place = place // scale * 2 * scale + place % scale
-    lie = (place[:, None] - place).flatten() + 2 * scale * scale
-    mean = product.new_zeros(4 * scale * scale).scatter_reduce(0, lie, product, "mean", include_self=False)
-    return (product - mean[lie]).abs().mean()
-
-
-def adversarial_loss(fake, real=None):
-    """Eq. 6: mean of -log D(G(I^LR)), from logits [N] to a scalar: -log sigmoid(x) = softplus(-x). `real` is for others of its kind."""
-    return F.softplus(-fake).mean()
-
-
-def discriminator_loss(fake, real):
-    """Eq. 1, for D to minimise: -log D(I^HR) - log(1 - D(G(I^LR))), from logits [N]."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-
-def wasserstein_adversarial_loss(fake, real=None):
-    """Gulrajani et al. 2017, arXiv:1704.00028: G raises the critic's score of what it makes."""
-    return -fake.mean()
-
-
-def wasserstein_discriminator_loss(fake, real):
-    """Gulrajani et al. 2017, Eq. 3 without its penalty: the critic parts the scores of HR and SR."""
-    return fake.mean() - real.mean()
-
-
-def relativistic_adversarial_loss(fake, real):
-    """Wang et al. 2018, Eq. 2: SR is to look more real than the average HR, and HR less real than the average SR."""
-    return discriminator_loss(real - fake.mean(), fake - real.mean())
-
-
-def relativistic_discriminator_loss(fake, real):
-    """Wang et al. 2018, Eq. 1: the reverse of relativistic_adversarial_loss."""
-    return discriminator_loss(fake - real.mean(), real - fake.mean())
-
-
-ADVERSARIAL_LOSSES = {  # name: the generator's and the discriminator's, functions of D(SR) and D(HR), logits or scores [N]
-    "bce": (adversarial_loss, discriminator_loss),
-    "wasserstein": (wasserstein_adversarial_loss, wasserstein_discriminator_loss),
-    "relativistic": (relativistic_adversarial_loss, relativistic_discriminator_loss),
-}
-
-
-def _gradient(critic, x):
-    """The gradient of each picture's score, or of the sum of all where batch norm mixes them: [N, 3, H, W] -> [N, 3 H W]."""
-    x = x.detach().requires_grad_()
-    gradient, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return gradient.flatten(1)
-
-
-def gradient_penalty(critic, sr, hr, mix):
-    """Gulrajani et al. 2017, Eq. 3: mean of (|grad D(x)| - 1)^2 at x = mix SR + (1 - mix) HR, mix [N] uniform in [0, 1]."""
-    return (_gradient(critic, torch.lerp(hr, sr, mix.view(-1, 1, 1, 1))).norm(dim=1) - 1).square().mean()
-
-
-def r1_penalty(discriminator, hr):
-    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9 without gamma / 2: mean of |grad D(x)|^2 over the HR pictures x [N, 3, H, W]."""
-    return _gradient(discriminator, hr).square().sum(1).mean()
-
-
-# ---------------------------------------------------------------------------------------------
+# ==================================================================================================
 # 5. Metrics. Sec. 3.1: "on the y-channel of center-cropped, removal of a 4-pixel wide strip from
-#    each border". 8-bit pictures, float64 arithmetic.
-# ---------------------------------------------------------------------------------------------
+#    each border" images. On 8-bit values, in float64.
+# ==================================================================================================
 
-def _planes(picture, shave, luma):
-    """Picture(s) as psnr takes them -> float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
-    if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.array(picture)).movedim(-1, -3)
-    elif picture.is_floating_point():
-        picture = to_pixels(picture).movedim(-1, -3)  # the protocol compares what would be saved
-    if picture.dtype != torch.uint8 or picture.dim() < 3 or picture.shape[-3] != 3:
-        raise ValueError(f"expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not {picture.dtype} {tuple(picture.shape)}")
-    h, w = picture.shape[-2:]
+def planes(image, shave, luma):
+    """Images as psnr takes them -> float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(image)).movedim(-1, -3)
+    elif image.is_floating_point():
+        image = to_pixels(image).movedim(-1, -3)                 # what a file would hold
+    if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
+        raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
+                         f"{image.dtype} {tuple(image.shape)}")
+    h, w = image.shape[-2:]
     if min(h, w) <= 2 * shave:
-        raise InputError(f"nothing is left of {h}x{w} after {shave} pixels from each border")
-    x = picture[..., shave:h - shave, shave:w - shave].double()
-    if luma:  # ITU-R BT.601, studio swing: Y in [16, 235]
-        x = 16 + (65.481 * x[..., 0:1, :, :] + 128.553 * x[..., 1:2, :, :] + 24.966 * x[..., 2:3, :, :]) / 255
+        raise InputError(f"nothing is left of {h}x{w} without {shave} pixels from each border")
+    x = image[..., shave:h - shave, shave:w - shave].double()
+    if luma:                                                     # Y of BT.601, in [16, 235]
+        r, g, b = x.split(1, dim=-3)
+        x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
     return x
 
 
-def _pair(sr, hr, shave, luma):
+def plane_pair(sr, hr, shave, luma):
     if sr.shape != hr.shape:
-        raise ValueError(f"pictures of two sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
-    return _planes(sr, shave, luma), _planes(hr, shave, luma)
+        raise ValueError(f"images of two sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    return planes(sr, shave, luma), planes(hr, shave, luma)
 
 
 def psnr(sr, hr, shave=4, luma=True):
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical pictures.
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical images.
 
-    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1] (which
-    are rounded to 8 bits first) -> float64 tensor [...]. shave: pixels removed from each border.
-    luma: on Y of BT.601 rather than on RGB. Raises ValueError for sizes that differ or vanish.
+    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1]
+    (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
+    luma: on Y of BT.601 instead of RGB. Raises ValueError for sizes that differ or vanish.
     """
-    x, y = _pair(sr, hr, shave, luma)
-    value = 10 * torch.log10(255 ** 2 / ((x - y) ** 2).mean((-3, -2, -1)))
+    x, y = plane_pair(sr, hr, shave, luma)
+    value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
     return value.item() if isinstance(sr, np.ndarray) else value
 
 
 def ssim(sr, hr, shave=4, luma=True):
-    """Structural similarity of Wang et al., IEEE TIP 2004, in [-1, 1]; arguments and errors of psnr.
+    """Structural similarity of Wang et al. 2004, in [-1, 1]. Arguments and errors are psnr's.
 
-    11x11 Gaussian window of sigma 1.5, where it lies inside the picture; K1 0.01, K2 0.03, L 255.
+    11x11 Gaussian window of sigma 1.5, where it lies inside the image; K1 0.01, K2 0.03, L 255.
     """
-    x, y = _pair(sr, hr, shave, luma)
+    x, y = plane_pair(sr, hr, shave, luma)
     if min(x.shape[-2:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the shaved border")
-    window = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
-    window = torch.softmax(-window ** 2 / (2 * 1.5 ** 2), dim=0)
+    taps = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
+    taps = torch.softmax(-taps ** 2 / (2 * 1.5 ** 2), dim=0)
 
-    def mean(z):  # local mean under the window, rows then columns
-        z = F.conv2d(z.reshape(-1, 1, *z.shape[-2:]), window.view(1, 1, -1, 1))
-        return F.conv2d(z, window.view(1, 1, 1, -1))
+    def mean(z):                                                 # under the window
+        z = F.conv2d(z.reshape(-1, 1, *z.shape[-2:]), taps.view(1, 1, -1, 1))
+        return F.conv2d(z, taps.view(1, 1, 1, -1))
 
     mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2, mean(x * y) - mu_x * mu_y
+    var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
+    covariance = mean(x * y) - mu_x * mu_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    value = similarity.view(*x.shape[:-2], -1).mean((-2, -1))
+    value = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) \
+        / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
+    value = value.view(*x.shape[:-2], -1).mean((-2, -1))
     return value.item() if isinstance(sr, np.ndarray) else value
 
 
-def measure(sr, hr, shave=4, luma=True, lpips=None):
-    """{"psnr", "ssim", "lpips"} of two uint8 arrays [H, W, 3]; lpips: a function that load_lpips gave, or None."""
-    return {"psnr": psnr(sr, hr, shave, luma), "ssim": ssim(sr, hr, shave, luma), "lpips": lpips and lpips(sr, hr)}
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
-def aggregate(scores):
-    """A list of what measure gave -> {metric: {"mean", "std"} over the pictures, or None where it was not measured}."""
-    def summary(values):
-        if None in values:
-            return None
-        return {"mean": float(np.mean(values)), "std": float(np.std(values)) if np.isfinite(values).all() else math.nan}
-    return {metric: summary([score[metric] for score in scores]) for metric in scores[0]}
-
-
-ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-
-
-def load_lpips(device="cpu"):
-    """LPIPS of Zhang et al., CVPR 2018 (AlexNet, version 0.1), as a function of two uint8 arrays [H, W, 3] -> float.
-
-    Whole RGB pictures, lower is better. Downloads AlexNet's weights on first use; raises InputError
-    where they or the package lpips cannot be had.
-    """
+@functools.cache
+def load_lpips():
+    """LPIPS's network (AlexNet, version 0.1), downloaded on first use. Raises InputError."""
     try:
         import lpips
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torchvision, for how lpips asks it for AlexNet
-            network = lpips.LPIPS(net="alex", verbose=False).to(device)
-    except Exception as error:  # no package, no network, a cut-off download, another hash, a broken file in the cache
-        raise InputError(f"LPIPS is not available ({one_line(error)}); fetch {ALEXNET} elsewhere and put it into "
-                         f"{torch.hub.get_dir()}/checkpoints, or leave LPIPS out") from None
-
-    @torch.inference_mode()
-    def distance(sr, hr):
-        if min(hr.shape[:2]) < 32:
-            raise InputError("LPIPS needs 32x32 pixels; leave it out for smaller pictures")
-        x, y = (to_tensor(p)[None].to(device) * 2 - 1 for p in (sr, hr))
-        return network(x, y).item()
-    return distance
+            warnings.simplefilter("ignore")                      # how lpips asks torchvision
+            return lpips.LPIPS(net="alex", verbose=False).eval()
+    except Exception as error:                                   # no package, no network, bad file
+        raise InputError(f"LPIPS is not available ({one_line(error)}); fetch {ALEXNET_URL} "
+                         f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints, or leave "
+                         "LPIPS out") from None
 
 
-def try_lpips(device="cpu"):
-    """What load_lpips gives, or None, with a line on stderr that says why."""
-    try:
-        return load_lpips(device)
-    except InputError as error:
-        print(f"{error}; going on without it", file=sys.stderr)
+@torch.inference_mode()
+def lpips(sr, hr, shave=0, luma=False):
+    """Zhang et al., CVPR 2018: distance of two uint8 arrays [H, W, 3], whole, in RGB. -> float"""
+    if min(hr.shape[:2]) < 32:
+        raise InputError("LPIPS needs 32x32 pixels; leave it out for smaller images")
+    network = load_lpips()
+    device = next(network.parameters()).device
+    x, y = (to_tensor(image)[None].to(device) * 2 - 1 for image in (sr, hr))
+    return network(x, y).item()
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Upscaling. A pixel of SR depends on LR pixels no further away than the generator's radius, so
-#    tiles that overlap by it, cut back to their own part, are the untiled result. The feature maps
-#    of the residual blocks see far and take little memory, the enlarged ones see 3 LR pixels and
-#    take much: so the former come in large tiles, and each of these is enlarged in small parts.
-# ---------------------------------------------------------------------------------------------
-
-TILE = 1448  # LR pixels, 2 megapixels: with the overlap, 2 GB of float32 feature maps
-PART = 128   # LR pixels of a tile that are enlarged at once
+Metric = namedtuple("Metric", "function title digits higher_is_better")
+METRICS = {
+    "psnr": Metric(psnr, "PSNR (dB)", digits=2, higher_is_better=True),
+    "ssim": Metric(ssim, "SSIM", digits=4, higher_is_better=True),
+    "lpips": Metric(lpips, "LPIPS", digits=4, higher_is_better=False),
+}
 
 
-def optimize_for_inference(generator):
-    """A copy of a generator, the same function: batch norms become part of the convolutions before them, PReLU works in place."""
-    generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    for body in generator.head, generator.fuse, generator.upsample, *[block.body for block in generator.blocks]:
-        for i, layer in enumerate(body):
-            if isinstance(layer, nn.BatchNorm2d):
-                body[i - 1], body[i] = nn.utils.fuse_conv_bn_eval(body[i - 1], layer), nn.Identity()
-            elif isinstance(layer, nn.PReLU):
-                body[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
-    return generator
+def usable_metrics(with_lpips=True, device="cpu"):
+    """Names of METRICS, without LPIPS where it is not wanted or cannot be had; a line says why."""
+    if with_lpips:
+        try:
+            load_lpips().to(device)
+            return list(METRICS)
+        except InputError as error:
+            say(f"{error}; going on without it")
+    return [name for name in METRICS if name != "lpips"]
 
 
-def _tiles(top, bottom, left, right, side):
-    """The rectangle in equal parts of at most side x side: [(top, bottom, left, right)]."""
-    rows, columns = (np.linspace(a, b, math.ceil((b - a) / side) + 1).astype(int) for a, b in ((top, bottom), (left, right)))
+def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
+    """{name: value} for all METRICS, None for those not in `names`. Two uint8 arrays [H, W, 3]."""
+    return {name: metric.function(sr, hr, shave, luma) if name in names else None
+            for name, metric in METRICS.items()}
+
+
+def aggregate(scores):
+    """A list of measure's results -> {metric: {"mean", "std"} or None where it is missing}."""
+    def summary(values):
+        if None in values:
+            return None
+        std = np.std(values) if np.isfinite(values).all() else math.nan
+        return {"mean": float(np.mean(values)), "std": float(std)}
+    return {name: summary([score[name] for score in scores]) for name in METRICS}
+
+
+def describe(metrics):
+    """Means as text: PSNR 28.43  SSIM 0.8111."""
+    return "  ".join(f"{name.upper()} {metrics[name]['mean']:.{metric.digits}f}"
+                     for name, metric in METRICS.items() if metrics[name])
+
+
+def side_by_side(images, labels):
+    """uint8 [h, w, 3] arrays of one size, each with its label below -> PIL.Image."""
+    h, w = images[0].shape[:2]
+    lines = max(label.count("\n") for label in labels) + 1
+
+    def fits(size):
+        font = ImageFont.load_default(size)
+        return all(font.getlength(line) <= w for label in labels for line in label.split("\n"))
+    size = next((size for size in range(24, 8, -1) if fits(size)), 8)
+    sheet = Image.new("RGB", (len(images) * (w + 4) - 4, h + (lines + 1) * size * 4 // 3), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
+        draw.text((i * (w + 4) + w / 2, (h + sheet.height) / 2), label, fill="black",
+                  font=ImageFont.load_default(size), anchor="mm", align="center")
+    return sheet
+
+
+# ==================================================================================================
+# 6. Upscaling. An SR pixel depends on LR pixels within the network's radius alone. So tiles that
+#    overlap by it, cut back to their own part, are exactly the untiled result. The layers at LR's
+#    size see far and take little memory, the last ones see 3 LR pixels and take much: so the
+#    former work on large tiles, each of which is then enlarged in small parts.
+# ==================================================================================================
+
+TILE = 1448                              # LR pixels: 2 megapixels take 2 GB of feature maps
+PART = 128                               # LR pixels of a tile that are enlarged at once
+
+
+def radii(generator):
+    """LR pixels to each side that an SR pixel depends on: (in all, from the feature maps on)."""
+    def reach(network):                                          # each k x k kernel adds k // 2
+        return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
+    scale = generator.arch["scale"]
+    enlarging = sum(reach(layer) / 2 ** (i // 3) for i, layer in enumerate(generator.upsample))
+    enlarging = math.ceil(enlarging + reach(generator.tail) / scale)
+    before = sum(map(reach, (generator.head, generator.blocks, generator.fuse)))
+    return before + enlarging, enlarging
+
+
+def split_rectangle(top, bottom, left, right, side):
+    """A rectangle in equal parts of at most side x side: [(top, bottom, left, right)]."""
+    rows, columns = (np.linspace(a, b, math.ceil((b - a) / side) + 1).astype(int)
+                     for a, b in ((top, bottom), (left, right)))
     return [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "create a memory object")
+def enlarge_in_parts(generator, x, progress=lambda part: None):
+    """Feature maps of Fig. 4's long skip -> SR, as enlarge gives it, by parts of PART x PART.
+
+    progress is called with the part of the whole that is done."""
+    (n, _, h, w), scale, radius = x.shape, generator.arch["scale"], radii(generator)[1]
+    sr = torch.empty(n, 3, h * scale, w * scale, device=x.device)
+    for t, b, l, r in split_rectangle(0, h, 0, w, PART):
+        t0, l0 = max(t - radius, 0), max(l - radius, 0)
+        part = enlarge(generator, x[:, :, t0:b + radius, l0:r + radius])
+        sr[:, :, t * scale:b * scale, l * scale:r * scale] = part[
+            :, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+        progress((b - t) * (r - l) / (h * w))
+    return sr
 
 
-def is_out_of_memory(error):
-    """Whether an exception says so, in the words of torch, CUDA, cuDNN, cuBLAS or oneDNN."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+def self_ensemble(function, lr):
+    """The mean of function(lr) over the eight flips and rotations of LR, each undone in SR."""
+    total = 0
+    for turns in range(4):
+        for flipped in (False, True):
+            x = torch.rot90(lr.flip(3) if flipped else lr, turns, (2, 3))
+            sr = torch.rot90(function(x), -turns, (2, 3))
+            total = total + (sr.flip(3) if flipped else sr)
+    return total / 8
 
 
 @torch.inference_mode()
 def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progress=False):
-    """Super-resolve pictures: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3], or several of one size, [N, h, w, 3].
+    """Super-resolve an image: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
 
-    tile: side in LR pixels of the parts that are computed one at a time, 0 for the whole picture at
-    once; by default TILE (half at scale 8). It bounds the memory and does not change the result. Where
-    the memory is too small all the same, tiles are halved, down to 16 (then the error comes through).
-    ensemble: mean over the eight flips and rotations. precision: see autocast. progress: a bar over the
-    pixels.
+    tile: side of the parts that are computed one after the other, in LR pixels; 0 for the whole
+    image at once. It bounds the memory and does not change the result; where memory still runs
+    out, tiles are halved, down to 16. ensemble: the mean over the eight flips and rotations.
+    precision: "fp32" or "bf16". Raises TypeError for anything but uint8 [h, w, 3].
     """
-    *n, h, w, _ = image.shape
-    scale, radius = generator.arch["scale"], generator.radius
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+            and image.ndim == 3 and image.shape[2] == 3):
+        raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
+    (h, w, _), scale, radius = image.shape, generator.arch["scale"], radii(generator)[0]
     device = next(generator.parameters()).device
-    out = np.empty((*n, h * scale, w * scale, 3), np.uint8)
-    tile = TILE * 4 // max(4, scale) if tile is None else tile or max(h, w)
+    tile = min(TILE * 4 // max(4, scale) if tile is None else tile or max(h, w), max(h, w))
+    result = np.empty((h * scale, w * scale, 3), np.uint8)
 
     def compute(t, b, l, r):
-        t0, l0 = max(t - radius, 0), max(l - radius, 0)
-        lr = to_tensor(np.ascontiguousarray(image[..., t0:b + radius, l0:r + radius, :]))
-        lr = lr.view(-1, *lr.shape[-3:]).to(device, memory_format=torch.channels_last)
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if precision == "fp32" else nullcontext()
-        with autocast(device, precision), exact:
-            sr = (_ensemble if ensemble else _enlarge_in_parts)(generator, lr)
-        sr = sr[..., (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
-        out[..., t * scale:b * scale, l * scale:r * scale, :] = to_pixels(sr).cpu().numpy().reshape(
-            *n, (b - t) * scale, (r - l) * scale, 3)
+        def super_resolve(lr):
+            return enlarge_in_parts(generator, features(generator, lr), progress=lambda part:
+                                    bar.update(part * (b - t) * (r - l) / (8 if ensemble else 1)))
 
-    tiles = _tiles(0, h, 0, w, tile)
-    with tqdm(total=h * w, unit="px", unit_scale=True, leave=False, disable=not progress or len(tiles) == 1) as bar:
+        t0, l0 = max(t - radius, 0), max(l - radius, 0)
+        lr = to_tensor(image[t0:b + radius, l0:r + radius].copy())[None]  # [1, 3, h, w]
+        lr = lr.to(device, memory_format=torch.channels_last)
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "fp32")
+        with autocast(device, precision), exact:
+            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
+        sr = sr[0, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+        result[t * scale:b * scale, l * scale:r * scale] = to_pixels(sr).cpu().numpy()
+
+    tiles = deque(split_rectangle(0, h, 0, w, tile))
+    with tqdm(total=h * w, unit="px", unit_scale=True, leave=False, disable=not progress) as bar:
         while tiles:
-            t, b, l, r = tiles[0]
+            t, b, l, r = tiles.popleft()
             try:
                 compute(t, b, l, r)
             except (RuntimeError, MemoryError) as error:
                 side = max(b - t, r - l) // 2
                 if not is_out_of_memory(error) or side < 16:
                     raise
-            else:
-                side = None
-                bar.update((b - t) * (r - l))
-            tiles = [part for whole in tiles for part in _tiles(*whole, side)] if side else tiles[1:]
-    return out
+                tiles.extendleft(split_rectangle(t, b, l, r, side))
+    return result
 
 
-def _enlarge_in_parts(generator, lr):
-    """G(lr), the feature maps at once, the enlargement in parts: [N, 3, h, w] -> [N, 3, scale h, scale w]."""
-    (n, _, h, w), scale, radius = lr.shape, generator.arch["scale"], generator.enlarge_radius
-    features, sr = generator.features(lr), lr.new_empty(n, 3, h * scale, w * scale)
-    for t, b, l, r in _tiles(0, h, 0, w, PART):
-        t0, l0 = max(t - radius, 0), max(l - radius, 0)
-        part = generator.enlarge(features[:, :, t0:b + radius, l0:r + radius])
-        sr[:, :, t * scale:b * scale, l * scale:r * scale] = part[
-            :, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
-    return sr
+def is_out_of_memory(error):
+    """Whether an exception says so in the words of torch, CUDA, cuDNN, cuBLAS or oneDNN."""
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
+             "create a memory object")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
-def _ensemble(generator, lr):
-    """Mean of G over the eight symmetries of the square, each undone after G."""
-    total = 0
-    for turns in range(4):
-        for mirrored in (False, True):
-            sr = torch.rot90(lr.flip(3) if mirrored else lr, turns, (2, 3))
-            sr = torch.rot90(_enlarge_in_parts(generator, sr), -turns, (2, 3))
-            total = total + (sr.flip(3) if mirrored else sr)
-    return total / 8
-
-
-def pick_device(name="auto"):
-    """"auto" (the first CUDA GPU, else the CPU) or any device that torch names. Raises InputError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:  # torch raises exceptions of several types for devices that are unknown or absent
-        raise InputError(f"device {name!r} cannot be used ({one_line(error)}); take cpu, cuda or cuda:1") from None
-    return device
-
-
-def pick_precision(device, name="auto"):
-    """"bf16" or "fp32" as named; for "auto", bf16 where the device computes in it: newer GPUs, CPUs with AVX512-BF16 or AMX."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native and device.type == "cpu" else "fp32"
-
-
-def autocast(device, precision):
-    """The context that networks run in: "fp32" or "bf16" (convolutions; weights, losses and results stay float32)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-# ---------------------------------------------------------------------------------------------
-# 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator" (the state of its
-#    exponential moving average, which is the result), "arch" (its arguments), and what train.py adds.
-# ---------------------------------------------------------------------------------------------
+# ==================================================================================================
+# 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator", the weights (their
+#    moving average, which is the result), "arch", its arguments, and what train.py adds.
+# ==================================================================================================
 
 def float_state(network):
-    """Parameters and batch-norm statistics alike, as a list of tensors."""
+    """Parameters and batch-norm statistics, as a list of tensors."""
     return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
 
 
@@ -1174,14 +1066,18 @@ def ema_(average, current, decay):
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path` to write to; it takes the place of `path` on success and vanishes on failure."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    """A temporary path beside `path`, which takes its place on success and vanishes on failure.
+
+    Its name depends on `path` alone: what a killed process leaves, the next one replaces.
+    """
+    path = Path(os.path.realpath(path))                          # a link stays one
     if path.exists() and not path.is_file():
-        yield path  # a device or a pipe
+        yield path                                               # /dev/stdout
         return
-    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}{path.suffix}")  # however long the name
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{name}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1189,124 +1085,528 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files of `replacing` whose process is no more."""
-    if os.name == "nt":  # there os.kill ends processes, or their console's
-        return
-    for path in Path(folder).glob(".*"):
-        if match := re.fullmatch(r"\.(\d+)\.\d+\.\w+", path.name):
-            try:
-                os.kill(int(match[1]), 0)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except (OSError, OverflowError):
-                pass  # another user's
-
-
-def replacing_text(path, text):
+def write_text(path, text):
+    """Write a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def lock(path, busy=None):
-    """A file that one process at a time may hold open; the system lets go of it when the process ends, however it ends.
-
-    Waits for another process, or raises InputError with the message `busy`. Without fcntl (Windows) nothing is locked.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return nullcontext()
-    file = open(path, "w")
-    try:
-        if busy:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX)                  # threads wait, too
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise InputError(busy) from None
-    return file
+def write_json(path, document):
+    """Write JSON atomically; what JSON cannot say (inf, NaN) becomes null."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(path, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
 
 
 def save_checkpoint(path, generator, **more):
-    """Write `generator`'s weights and arguments, and whatever else is given, at once or not at all."""
+    """Write the weights and arguments of `generator`, and whatever else is given, atomically."""
+    state = {"generator": generator.state_dict(), "arch": generator.arch, **more}
     with replacing(path) as temporary:
         try:
-            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())  # a power cut finds the old file or the new one
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise InputError(f"{path}: cannot be written ({one_line(error)}); is the disk full?") from None
+            torch.save(state, temporary)
+            with open(temporary, "r+b") as file:                 # Windows wants it writable
+                os.fsync(file.fileno())                          # before it gets its name
+        except (RuntimeError, OSError) as error:                 # a full disk is both
+            raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
+
+
+def copy_zip(file):
+    """Copy a zip file, which gives it one directory. ValueError where it takes more than itself."""
+    copied = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as new:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or \
+                sum(entry.file_size for entry in entries) > file.getbuffer().nbytes:
+            raise ValueError("compressed, or entries that overlap")
+        for entry in entries:
+            new.writestr(entry.filename, archive.read(entry))
+    copied.seek(0)
+    return copied
 
 
 def load_checkpoint(path, device="cpu"):
-    """A dictionary that torch.save wrote; nothing in the file is executed. Raises InputError where it is none."""
-    check_file(path)
+    """A dictionary that torch.save wrote. Nothing in it is executed, and it takes no more memory
+    than twice its file. Raises InputError where it is anything else."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what is packed grows without bounds
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("compressed")
+        check_file(path)
+        source = io.BytesIO(Path(path).read_bytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual pickles, which either load or do not
-            state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises exceptions of many types on files of other kinds
-        raise InputError(f"{path}: no checkpoint of plain tensors ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: no checkpoint but a {type(state).__name__}")
-    return state
+            warnings.simplefilter("ignore")                      # unusual files load or do not
+            if source.getvalue().startswith(b"PK\3\4"):          # so torch tells zip files
+                source = copy_zip(source)
+            if b"bytearray" in source.getvalue():                # torch would make one of any size
+                raise ValueError
+            state = torch.load(source, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise InputError(f"no checkpoint but a {type(state).__name__}")
+        return state
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}") from None
+    except Exception as error:                                   # torch.load raises many types
+        raise InputError(f"{path}: no checkpoint of plain tensors "
+                         f"({type(error).__name__})") from None
 
 
-def is_plain(value):
-    """Whether a checkpoint's entry is a tensor of numbers that are in the file."""
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided and not value.is_complex()
+def check_like(saved, fresh, name):
+    """Raise InputError where `saved` has not the structure of `fresh`: keys, types, shapes, dtypes.
+
+    Numbers, in tensors or not, have to be finite. Everything that is loaded passes through here,
+    because a tensor of another size can crash the process.
+    """
+    if isinstance(fresh, dict):
+        keys = {*fresh} ^ {*saved} if isinstance(saved, dict) else {name}
+        if keys:
+            raise InputError(f"{name} does not fit: {one_line(min(map(str, keys)))} is on one side")
+        for key in fresh:
+            check_like(saved[key], fresh[key], f"{name}.{key}")
+    elif isinstance(fresh, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or saved.shape != fresh.shape or saved.is_meta or \
+                saved.layout != torch.strided or saved.dtype not in (fresh.dtype, torch.float16) \
+                or saved.untyped_storage().nbytes() < saved.nbytes:
+            raise InputError(f"{name} is no tensor of {fresh.dtype} {tuple(fresh.shape)}")
+        if not saved.isfinite().all():
+            raise InputError(f"{name} is not finite; the training diverged, take an earlier one")
+    elif type(saved) is not type(fresh) or isinstance(saved, float) and not math.isfinite(saved):
+        raise InputError(f"{name} must be of type {type(fresh).__name__}")
+
+
+def make_generator(block="residual", **arch):
+    """A generator by the name of its block, one of GENERATORS, and its other arguments."""
+    return GENERATORS[block](**arch)
 
 
 def load_generator(path, device="cpu"):
-    """The Generator of any checkpoint that train.py wrote, in eval mode, float32. Raises InputError."""
+    """The generator of any checkpoint that train.py wrote: float32, eval mode. InputError."""
     state = load_checkpoint(path)
-    if not {"generator", "arch"} <= state.keys():
+    arch, weights = state.get("arch"), state.get("generator")
+    if not isinstance(arch, dict) or not isinstance(weights, dict):
         raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
-    arch, weights = state["arch"], state["generator"]
+    arch = {"block": "residual", "tanh": True} | arch            # older versions lack them
     try:
-        if not (arch.keys() <= {"scale", "channels", "n_blocks", "block"} and all(type(value) in (int, str) for value in arch.values())):
-            raise ValueError("unknown arguments")
-        if arch["scale"] not in SCALES or not 0 <= arch["n_blocks"] <= len(weights) or not 3 <= arch["channels"] <= 2 ** 16:
-            raise ValueError(f"{arch}")
-        if not all(map(is_plain, weights.values())) or sum(t.nbytes for t in weights.values()) > os.path.getsize(path):
-            raise ValueError("its weights are no tensors, or more than the file holds")
-        with torch.device("meta"):  # takes no memory: only what the file holds is allocated
-            expected = Generator(**arch).state_dict()
-        if [(key, value.shape) for key, value in weights.items()] != [(key, value.shape) for key, value in expected.items()]:
-            raise ValueError(f"its weights are not those of {arch}")
-        generator = Generator(**arch)
-        generator.load_state_dict(weights)
-    except Exception as error:  # arguments or weights of whatever kind
-        raise InputError(f"{path}: holds a generator of another architecture ({one_line(error)})") from None
-    if not all(tensor.isfinite().all() for tensor in generator.state_dict().values()):
-        raise InputError(f"{path}: its weights are not finite; the training diverged, take an earlier checkpoint")
+        check_like(arch, {"scale": 4, "channels": 64, "n_blocks": 16, "block": "", "tanh": True},
+                   "arch")
+        if arch["scale"] not in SCALES or arch["block"] not in GENERATORS or \
+                not (0 <= arch["n_blocks"] <= len(weights) and 3 <= arch["channels"] <= 2 ** 16):
+            raise InputError(f"no generator can be {arch}")
+        with torch.device("meta"):                               # takes no memory
+            check_like(weights, make_generator(**arch).state_dict(), "generator")
+    except InputError as error:
+        raise InputError(f"{path}: not a generator of this version ({error})") from None
+    generator = make_generator(**arch)
+    generator.load_state_dict(weights)
     return generator.to(device, memory_format=torch.channels_last).eval()
 
 
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+
+def load_features(network, weights, url):
+    """Give a content network its weights, see TruncatedVGG19. Returns it. Raises InputError."""
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for p in network.parameters():
+                nn.init.kaiming_normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
+        return network
+    if weights == "imagenet":
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                                       check_hash=True)
+        except Exception as error:                               # no network, cut off, wrong hash
+            raise InputError(f"cannot download {url} ({one_line(error)}); fetch it elsewhere and "
+                             "name it with --feature-weights FILE, or try things out with "
+                             "--feature-weights random") from None
+    else:
+        state = load_checkpoint(weights)
+    state = {str(key).removeprefix("features."): value for key, value in state.items()}
+    needed = network.state_dict()
+    try:
+        check_like({key: state.get(key) for key in needed}, needed, "features")
+    except InputError as error:
+        raise InputError(f"{weights}: no weights of this network ({error})") from None
+    network.load_state_dict({key: state[key] for key in needed})
+    return network
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def run(main):
-    """Call a script's main and exit with its status; what a person can put right is one line and exit status 2."""
+    """Call a script's main() and exit with its status; InputError is one line and status 2."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda n, _: sys.exit(128 + n))  # so that what is half-written is removed
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.filterwarnings("ignore", module="PIL")              # of odd files
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                           # closed, as cron may have it
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (InputError, OSError) as error:
-        status = f"{error}"
+        status = str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         status = "out of memory; take a smaller --tile or --batch-size"
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     if isinstance(status, str):
         say(f"{Path(sys.argv[0]).name}: {status}")
         status = 2
     sys.exit(status)
+
+
+# ==================================================================================================
+# 8. Beyond the paper: what presets of later work select, each with its source.
+# ==================================================================================================
+
+class DenseBlock(nn.Module):
+    """Wang et al. 2018, Fig. 4: five k3 convolutions, each of all maps before it, LeakyReLU."""
+
+    def __init__(self, n, growth=32):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n + i * growth, growth if i < 4 else n, 3, padding=1)
+                                   for i in range(5))
+
+    def forward(self, x):                                        # [N, 64, h, w]
+        maps = x
+        for conv in self.convs[:-1]:
+            maps = torch.cat([maps, F.leaky_relu(conv(maps), 0.2)], 1)  # [N, 96 to 192, h, w]
+        return x + 0.2 * self.convs[-1](maps)
+
+
+class RRDB(nn.Module):
+    """Wang et al. 2018, arXiv:1809.00219: ESRGAN's residual-in-residual dense block, no BN."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.body = nn.Sequential(DenseBlock(n), DenseBlock(n), DenseBlock(n))
+
+    def forward(self, x):
+        return x + 0.2 * self.body(x)
+
+
+class RRDBGenerator(Generator):
+    """A generator of RRDBs. The default arguments are the paper's, not ESRGAN's 23 blocks."""
+    block = "rrdb"
+
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
+        super().__init__(scale, channels, 0, tanh, "torch")
+        self.arch["n_blocks"] = n_blocks
+        self.blocks = nn.Sequential(*[RRDB(channels) for _ in range(n_blocks)])
+        self.fuse = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+        INITS[init](self)
+
+
+@torch.no_grad()
+def start_as_nearest(generator):
+    """Let G begin as nearest-neighbour upsampling: it learns faster, and shows no checkerboard.
+
+    Three channels carry RGB from end to end, and the r^2 filters that PixelShuffle weaves into one
+    map start alike (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    """
+    nn.init.dirac_(generator.head[0].weight[:3])
+    generator.head[0].bias[:3] = 0
+    for p in generator.fuse[-1].parameters():                    # the residual blocks' sum is 0
+        nn.init.zeros_(p)
+    for conv in generator.upsample[::3]:
+        nn.init.dirac_(conv.weight[:12:4])
+        conv.bias[:12:4] = 0
+        for p in (conv.weight, conv.bias):
+            p.copy_(p[::4].repeat_interleave(4, dim=0))
+    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) takes [0, 1]
+    generator.tail.bias.fill_(-1.25)                             # nearly to [-1, 1]
+
+
+GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
+INITS = {"nearest": start_as_nearest, "torch": lambda generator: None}
+NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+
+
+class TruncatedSqueezeNet(ContentNetwork):
+    """SqueezeNet 1.1 up to features[layer], a sixtieth of VGG19's work. See TruncatedVGG19.
+
+    layer "12" is the last: [N, 3, 96, 96] -> [N, 512, 5, 5].
+    """
+    layers = tuple(map(str, range(13)))
+
+    def __init__(self, layer="12", weights="imagenet", divisor=12.75):
+        from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+        features = squeezenet1_1().features[:int(layer) + 1]
+        url = SqueezeNet1_1_Weights.IMAGENET1K_V1.url
+        super().__init__(load_features(features, weights, url), divisor)
+
+
+CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
+
+
+def l1_loss(sr, hr):
+    """Mean |HR - SR|, in place of Eq. 4."""
+    return F.l1_loss(sr, hr)
+
+
+PIXEL_LOSSES = {"mse": mse_loss, "l1": l1_loss}
+CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the setting <name>_weight
+    "pixel": lambda sr, hr, use: PIXEL_LOSSES[use.pixel_loss](sr, hr),
+    "content": lambda sr, hr, use: content_loss(use.phi, sr, hr),
+    "tv": lambda sr, hr, use: total_variation(sr),
+}
+
+
+def wasserstein_adversarial_loss(D, sr, hr=None):
+    """Gulrajani et al. 2017, arXiv:1704.00028: G raises the critic's score of SR."""
+    return -D(sr).mean()
+
+
+def wasserstein_discriminator_loss(fake, real):
+    """Gulrajani et al. 2017, Eq. 3 without its penalty: D parts the scores of HR and SR."""
+    return fake.mean() - real.mean()
+
+
+def relativistic_adversarial_loss(D, sr, hr):
+    """Wang et al. 2018, Eq. 2: SR is to look more real than the mean HR, and HR less than SR."""
+    fake = D(sr)
+    with torch.no_grad():
+        real = D(hr)
+    return discriminator_loss(real - fake.mean(), fake - real.mean())
+
+
+def relativistic_discriminator_loss(fake, real):
+    """Wang et al. 2018, Eq. 1: the reverse of relativistic_adversarial_loss."""
+    return discriminator_loss(fake - real.mean(), real - fake.mean())
+
+
+ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) and D(HR))
+    "bce": (adversarial_loss, discriminator_loss),
+    "wasserstein": (wasserstein_adversarial_loss, wasserstein_discriminator_loss),
+    "relativistic": (relativistic_adversarial_loss, relativistic_discriminator_loss),
+}
+
+
+def input_gradient(D, x):
+    """The gradient of each image's score: [N, 3, H, W] -> [N, 3 H W]."""
+    x = x.detach().requires_grad_()
+    gradient, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return gradient.flatten(1)
+
+
+def gradient_penalty(D, sr, hr):
+    """Gulrajani et al. 2017, Eq. 3: mean of (|grad D(x)| - 1)^2 at random x between SR and HR."""
+    mix = torch.rand(len(hr), 1, 1, 1, dtype=hr.dtype, device=hr.device)
+    return (input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1) - 1).square().mean()
+
+
+def r1_penalty(D, sr, hr):
+    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9, for gamma = 1: mean of |grad D(HR)|^2 / 2."""
+    return input_gradient(D, hr).square().sum(1).mean() / 2
+
+
+PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
+
+
+class CriticSteps:
+    """Gulrajani et al. 2017: several steps of D, each on a batch of its own, to one step of G."""
+
+    def __init__(self, update):
+        self.update = update
+
+    def __call__(self, *batches):                                # LR, HR, LR, HR, ...
+        *earlier, lr, hr = batches
+        for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):
+            with torch.no_grad():
+                sr = self.update.G(early_lr)
+            self.update.update_discriminator(sr, early_hr)
+        return self.update(lr, hr)
+
+
+# ==================================================================================================
+# 9. Speed: the same mathematics, computed faster. `Fast` puts the fast forms in place of Fig. 4's.
+# ==================================================================================================
+
+class Fast(nn.Module):
+    """A network as training calls it: fast forms, in the precision given, float32 in and out.
+
+    It shares the network's parameters; save and load the network itself.
+    """
+
+    def __init__(self, network, precision="fp32"):
+        super().__init__()
+        self.network, self.precision = network, precision
+        for module in network.modules():
+            if type(module) is nn.PReLU:
+                module.__class__ = FastPReLU
+            elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+                module.inplace = True
+        if isinstance(network, ContentNetwork) and precision == "bf16":
+            network.features.bfloat16()                          # as autocast would, each time
+
+    def forward(self, x):
+        with autocast(x.device, self.precision):
+            if isinstance(self.network, Generator):
+                return enlarge(self.network, features(self.network, x))
+            return self.network(x).float()
+
+
+def features(generator, lr):
+    """Fig. 4 up to the long skip connection: [N, 3, h, w] -> [N, channels, h, w]."""
+    x = generator.head(lr)
+    return x + generator.fuse(generator.blocks(x))
+
+
+def enlarge(generator, x):
+    """The rest of Fig. 4: [N, channels, h, w] -> SR [N, 3, scale h, scale w].
+
+    PReLU acts on each value alone, so the last shuffle may come after it and after the tail.
+    """
+    *layers, _, activation = generator.upsample
+    for layer in layers:
+        x = layer(x)                                             # [N, 256, 2h, 2w]
+    return generator.output(conv_of_shuffled(activation(x), generator.tail).float())
+
+
+def conv_of_shuffled(x, conv, r=2):
+    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, rh, rw].
+
+    An SR pixel at one of the r^2 places within an LR pixel sees fixed places within the LR pixels
+    around it. So k x k weights on c maps, moved by the place and unshuffled, are weights on c r^2
+    maps: 9x9 from 64 to 3 maps becomes 5x5 from 256 to 12, and 3 large maps are shuffled, not 64.
+    """
+    k, p = conv.kernel_size[0], conv.padding[0]
+    reach = math.ceil(p / r)                                     # in LR pixels
+    side, weights = r * (2 * reach + 1), []                      # 9x9 moves within 10x10
+    for i in range(r):
+        for j in range(r):
+            top, left = r * reach - p + i, r * reach - p + j
+            moved = F.pad(conv.weight, (left, side - k - left, top, side - k - top))
+            weights.append(F.pixel_unshuffle(moved, r))          # [3, 256, 5, 5]
+    weight = torch.stack(weights, 1).flatten(0, 1)               # [12, 256, 5, 5]
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = conv.bias.repeat_interleave(r * r)
+    return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
+
+
+class FastPReLU(nn.PReLU):
+    """PReLU with one slope; on the CPU its gradient takes half the time of torch's."""
+
+    def forward(self, x):
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return PReLUFunction.apply(x, self.weight)
+        return super().forward(x)
+
+
+class PReLUFunction(torch.autograd.Function):
+    """max(0, x) + a min(0, x), and its gradients by x and a."""
+
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x, a)
+        return F.leaky_relu(x, a.item())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, a = ctx.saved_tensors
+        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)
+        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
+
+
+def optimize_for_inference(generator):
+    """A copy, the same function: BN becomes part of the convolution before it, PReLU in place."""
+    generator = copy.deepcopy(generator).eval().requires_grad_(False)
+    for layers in (generator.head, generator.fuse, generator.upsample,
+                   *[block.body for block in generator.blocks]):
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):
+                layers[i - 1] = nn.utils.fuse_conv_bn_eval(layers[i - 1], layer)
+                layers[i] = nn.Identity()
+            elif isinstance(layer, nn.PReLU):
+                layers[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+    return generator
+
+
+def pick_device(name="auto"):
+    """"auto" (the first CUDA GPU, else the CPU) or a device by torch's name. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()                     # "meta" has no numbers
+    except Exception:                                            # torch raises several types
+        here = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+                *["mps"] * torch.backends.mps.is_available()]
+        raise InputError(f"device {name!r} cannot be used here; take "
+                         f"{', '.join(['auto', 'cpu', *here])}") from None
+    return device
+
+
+@functools.cache
+def faster_precision(device):
+    """The precision in which this device computes G's convolutions faster, by a measurement."""
+    def seconds(dtype):
+        x = torch.zeros(4, 64, 64, 64, device=device, dtype=dtype)
+        conv = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype)
+        x, conv = (thing.to(memory_format=torch.channels_last) for thing in (x, conv))
+        times = []
+        with torch.inference_mode():
+            for _ in range(8):
+                began = time.perf_counter()
+                conv(x)[0, 0, 0, 0].item()                       # waits for the device
+                times.append(time.perf_counter() - began)
+        return min(times)
+    try:
+        return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+    except RuntimeError:                                         # no bf16
+        return "fp32"
+
+
+def pick_precision(device, name="auto"):
+    """"fp32" or "bf16" as named, or for "auto" the one that is faster on this device."""
+    return faster_precision(device) if name == "auto" else name
+
+
+def autocast(device, precision):
+    """The context networks run in: bf16 convolutions; weights and results stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def allow_tf32(allow):
+    """Whether CUDA may round float32 factors to TF32, for the whole process."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow
+
+
+class Graphed:
+    """A function of tensors, {name: tensor} its result, replayed as one CUDA graph: one launch.
+
+    The first calls run as they are, which capturing needs; then the graph is replayed on copies
+    of the inputs. New shapes are captured anew. Whatever else the function reads or writes has to
+    stay where it is in memory.
+    """
+    warmup = 3
+
+    def __init__(self, function, device):
+        self.function, self.calls, self.shapes = function, 0, None
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, *tensors):
+        if (shapes := [tensor.shape for tensor in tensors]) != self.shapes:
+            self.shapes, self.calls = shapes, 0
+        self.calls += 1
+        if self.calls <= self.warmup:                            # on a stream of its own
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function(*tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.calls == self.warmup + 1:
+            self.inputs = [tensor.clone() for tensor in tensors]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, tensors):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.result

@@ -1,226 +1,259 @@
-"""Upscale pictures with the bundled weights, or your own.
+"""Upscale images with the bundled weights, or with your own.
 
     python upscale.py in.png out.png
-    python upscale.py folder/ big/                      every picture of a folder that big/ does not hold yet
-    python upscale.py a.jpg b.png big/                  several files to a folder
-    python upscale.py in.png out.png --outscale 2       twice the size instead of four times
+    python upscale.py folder/ large/                 every image of a folder and its subfolders
+    python upscale.py a.jpg b.png large/             several images: a folder, which ends in /
+    python upscale.py in.png out.png --outscale 2    twice the size instead of four times
 
-Grey stays grey, transparency and the ICC profile and DPI are kept, EXIF rotation is applied.
-Palettes become RGB, CMYK becomes sRGB, 16 bits per channel become 8; in folders the results are PNG.
-Exit status: 0; 1 where some pictures failed (the others are done); 2 for wrong usage or unusable input.
+Grey stays grey; transparency, ICC profile, DPI and EXIF data (date, camera, position) are kept, and
+EXIF orientation is applied. Palettes become RGB, CMYK becomes sRGB, 16 bits per channel become 8.
+Exit status: 0; 1 where some images failed and the others are done; 2 for wrong usage or input.
 """
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+if __name__ == "__main__":                           # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
 import srgan
-from srgan import InputError
+from srgan import Image, InputError, tqdm
 
-WEIGHTS = Path(__file__).parent / "weights"
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF",
-           ".bmp": "BMP", ".ppm": "PPM"}
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
+           ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
 SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
-OPAQUE = ("JPEG", "BMP", "PPM")  # formats without transparency
-TOGETHER = 2 ** 14  # input pixels: small pictures of one size are computed together, up to so many
-IN_FLIGHT = 2 ** 28  # bytes of results that may wait to be saved while the next pictures are computed
+OPAQUE = ("JPEG", "BMP", "PPM")                      # no transparency
+LONGEST = {"JPEG": 65_535, "WEBP": 16_383}           # pixels to a side
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".pdf", ".svg", ".cr2", ".cr3",
+              ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="+", help="pictures or folders")
-    parser.add_argument("output", help="a file for one picture, else a folder (a folder for one picture: write it with a / at the end)")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py instead of the bundled weights")
-    parser.add_argument("--model", choices=("srgan", "srresnet"), help="bundled weights: crisp, or faithful to every pixel "
-                        "(default: srgan where it is bundled)")
-    parser.add_argument("--blend", type=float, metavar="A", help="weights between SRResNet (0) and SRGAN (1)")
-    parser.add_argument("--ensemble", action="store_true", help="mean over the eight flips and rotations: better, eight times slower")
-    parser.add_argument("--outscale", type=float, metavar="S", help="final size, relative to the input")
-    parser.add_argument("--tile", type=int, metavar="N", help="side of the parts computed at once, in input pixels; 0: no tiles (default: by the memory)")
-    parser.add_argument("--overwrite", action="store_true", help="in an output folder, redo pictures that are there already")
-    parser.add_argument("--max-megapixels", type=float, metavar="N", default=srgan.MAX_MEGAPIXELS,
-                        help="refuse larger inputs: a small file may claim to be huge (default: %(default)g)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16: faster, and 0.01 dB less; "
-                        "auto: bf16 where the hardware computes in it")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="+", help="images or folders")
+    parser.add_argument("output", help="a file for one image, else a folder; it ends in /")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py instead")
+    weights.add_argument("--model", choices=("srgan", "srresnet"),
+                         help="bundled weights: crisp (default), or faithful to every pixel, for "
+                         "lettering and drawings")
+    weights.add_argument("--blend", type=float, metavar="A", help="from SRResNet (0) to SRGAN (1)")
+    parser.add_argument("--ensemble", action="store_true",
+                        help="mean over the eight flips and rotations: better, eight times slower")
+    parser.add_argument("--outscale", type=float, metavar="S", help="final size, to the input's")
+    parser.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto",
+                        help="format in an output folder (default: auto, the input's, or else png)")
+    parser.add_argument("--tile", type=int, metavar="N", help="side of the parts computed at once, "
+                        "in input pixels; 0: no tiles. It bounds the memory, not the quality")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace outputs that exist; inputs are never replaced")
+    parser.add_argument("--max-megapixels", type=float, metavar="N", default=179,
+                        help="refuse larger inputs (default: %(default)g)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                        help="auto: the faster one, by a short measurement; bf16 loses 0.01 dB")
     args = parser.parse_args()
-    if args.ckpt and (args.model or args.blend is not None):
-        parser.error("--ckpt takes the place of --model and --blend")
-    if args.model and args.blend is not None:
-        parser.error("--blend is between both models; leave --model out")
-    if args.blend is not None and not 0 <= args.blend <= 1:
-        parser.error("--blend must be from 0 to 1")
-    if args.outscale is not None and not 0 < args.outscale <= 64:
-        parser.error("--outscale must be above 0 and at most 64")
-    if args.tile is not None and args.tile < 0:
-        parser.error("--tile must be 0 or above")
-    if not args.max_megapixels > 0:
-        parser.error("--max-megapixels must be above 0")
+    for wrong, message in (
+            ("" in (*args.input, args.output, args.ckpt, args.device), "an argument is empty"),
+            (args.blend is not None and not 0 <= args.blend <= 1, "--blend must be from 0 to 1"),
+            (args.outscale is not None and not 0 < args.outscale <= 64,
+             "--outscale must be above 0 and at most 64"),
+            (args.tile is not None and args.tile < 0, "--tile must be 0 or above"),
+            (not args.max_megapixels > 0, "--max-megapixels must be above 0")):
+        if wrong:
+            parser.error(message)
     return args
 
 
 def load_model(args, device):
-    """(description, generator for inference) that the options ask for. Raises InputError."""
-    def bundled(name):
-        path = WEIGHTS / f"{name}.pth"
-        if not path.exists():
-            raise InputError(f"{path} is not bundled; train it and name it with --ckpt")
-        return srgan.load_generator(path, device)
-
+    """(name, generator for inference) that the options ask for. Raises InputError."""
     if args.ckpt:
         name, generator = args.ckpt, srgan.load_generator(args.ckpt, device)
     elif args.blend is not None:
-        name, generator, end = f"blend {args.blend:g}", bundled("srresnet"), bundled("srgan")
+        name = f"blend {args.blend:g}"
+        generator, end = (srgan.load_generator(WEIGHTS / f"{model}.pth", device)
+                          for model in ("srresnet", "srgan"))
         srgan.ema_(srgan.float_state(generator), srgan.float_state(end), 1 - args.blend)
     else:
-        name = args.model or ("srgan" if (WEIGHTS / "srgan.pth").exists() else "srresnet")
-        generator = bundled(name)
+        name = args.model or "srgan"
+        generator = srgan.load_generator(WEIGHTS / f"{name}.pth", device)
     return name, srgan.optimize_for_inference(generator)
 
 
-def plan(inputs, output, overwrite):
-    """([(input path, output path)], the number of those left out because they are done). Raises InputError where the paths cannot be meant."""
-    target, real = Path(output), os.path.realpath
-    skipped, to_folder = 0, True
-    if len(inputs) == 1 and not Path(inputs[0]).is_dir() and not output.endswith(("/", os.sep)):
-        if target.is_dir():
-            raise InputError(f"{output} is a folder; write {output}{os.sep} to put the picture into it, or name a file")
-        if not target.parent.is_dir():
-            raise InputError(f"{target.parent}: no such folder")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise InputError(f"{output} is read-only")
-        jobs, to_folder = [(Path(inputs[0]), target)], False
+def plan(args):
+    """[(input path, output path)] of all inputs. Raises InputError where they cannot be meant."""
+    target = Path(args.output)
+    if len(args.input) > 1 or Path(args.input[0]).is_dir() or args.output.endswith(("/", os.sep)):
+        jobs = plan_folder(args.input, target, args.ext)
+    elif target.is_dir():
+        raise InputError(f"{target} is a folder; write {target}{os.sep} to put the image into it")
+    elif not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder")
+    elif target.suffix.lower() not in FORMATS:
+        raise InputError(f"{target}: take one of the endings {' '.join(FORMATS)}")
+    elif args.ext != "auto":
+        raise InputError("--ext is for output folders; the output's name says its format")
     else:
-        if target.exists() and not target.is_dir():
-            raise InputError(f"{output} is a file; name a folder for several pictures")
-        jobs, inside = [], real(target) + os.sep
-        for entry in map(Path, inputs):
-            if entry.is_dir() and (real(entry) + os.sep).startswith(inside):
-                raise InputError(f"{output} holds the input; name another folder")
-            pictures = srgan.find_images(entry) if entry.is_dir() else [entry]
-            root = entry if entry.is_dir() else entry.parent
-            jobs += [(p, target / p.relative_to(root).with_suffix(".png")) for p in pictures
-                     if not (entry.is_dir() and real(p).startswith(inside))]  # an output folder within the input folder
-    taken, sources = {}, {real(source) for source, _ in jobs}
-    for source, result in jobs:
-        if real(result) in sources:
-            raise InputError(f"{result} is an input, which is never overwritten; name another output")
-        if result in taken:
-            raise InputError(f"{source} and {taken[result]} would both become {result}")
-        taken[result] = source
-        if result.suffix.lower() not in FORMATS:
-            raise InputError(f"{result}: take one of the endings {' '.join(FORMATS)}")
-    if to_folder and not overwrite:
-        jobs, before = [job for job in jobs if not job[1].is_file()], len(jobs)
-        skipped = before - len(jobs)
-    return jobs, skipped
+        jobs = [(path, target) for path in srgan.find_images(args.input[0])]
+
+    def identity(path):                              # also where it has several names
+        return path.stat().st_dev, path.stat().st_ino
+    sources = {identity(source) for source, _ in jobs}
+    for _, result in jobs:
+        if result.exists() and identity(result) in sources:
+            raise InputError(f"{result} is an input and never overwritten; name another output")
+    return jobs
 
 
-def decode(source, result):
-    """The picture at `source`, if the format of `result` can hold it. Raises InputError."""
-    image = srgan.open_image(source)
+def plan_folder(inputs, target, ext):
+    """The jobs of plan() where the output is a folder."""
+    if target.is_file() or target.suffix.lower() in FORMATS and not target.is_dir():
+        raise InputError(f"{target} is a file's name; a folder for several images ends in /")
+    skipped = [path.name for entry in inputs for path in sorted(Path(entry).rglob("*"))
+               if path.suffix.lower() in UNREADABLE and not path.name.startswith(".")]
+    if skipped:
+        more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
+        srgan.say(f"skipped, in formats that are not read: {', '.join(skipped[:8])}{more}; "
+                  "convert them to PNG or JPEG")
+    inside, found = os.path.realpath(target) + os.sep, {}
+    for entry in map(Path, inputs):
+        is_dir = entry.is_dir()
+        if is_dir and (os.path.realpath(entry) + os.sep).startswith(inside):
+            raise InputError(f"{target} holds the input; name another folder")
+        found |= {path: path.relative_to(entry if is_dir else entry.parent)
+                  for path in srgan.find_images(entry)
+                  if not (is_dir and os.path.realpath(path).startswith(inside))}
+    results = {}
+    for path, name in found.items():
+        kept = name.suffix.lower() in FORMATS and name.suffix.lower() != ".bmp"  # may have alpha
+        results[path] = name if ext == "auto" and kept else name.with_suffix(
+            ".png" if ext == "auto" else f".{ext}")
+    taken = Counter(map(os.path.normcase, results.values()))
+    for path, result in results.items():
+        if taken[os.path.normcase(result)] > 1:      # a.jpg and a.png: a.jpg.png and a.png.png
+            results[path] = result.with_name(found[path].name + result.suffix)
+    taken = {os.path.normcase(result): path for path, result in results.items()}
+    for path, result in results.items():
+        if (other := taken[os.path.normcase(result)]) != path:
+            raise InputError(f"{path} and {other} would both become {target / result}")
+    return [(path, target / result) for path, result in results.items()]
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """libtiff writes to the process's stderr what open_image says in its own words."""
+    with open(os.devnull, "w") as null:
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def decode(source, result, scale):
+    """The image, if the format of `result` can hold it enlarged. Raises InputError."""
+    with quiet_libraries():
+        image = srgan.open_image(source)
     form = FORMATS[result.suffix.lower()]
     if "A" in image.mode and form in OPAQUE:
-        raise InputError(f"{source}: {form} cannot hold its transparency; write .png or .webp")
+        raise InputError(f"{source}: {form} cannot hold its transparency; write PNG or WebP")
+    if max(image.size) * scale > LONGEST.get(form, np.inf):
+        raise InputError(f"{source}: {form} holds at most {LONGEST[form]:,} pixels to a side; "
+                         "write PNG")
     return image
 
 
-def encode(image, pixels, outscale, result):
-    """Save `pixels`, uint8 [H, W, 3], as the enlarged `image`: of its mode, by the generator's scale or to `outscale`.
+def save(image, pixels, outscale, result):
+    """Save `pixels`, uint8 [H, W, 3], as the enlarged `image`: of its mode. Returns (W, H).
 
-    Grey pictures go through the generator as RGB and come back as its luma. Transparency is enlarged by
-    bicubic interpolation: no photo, so the generator would leave traces in what is to be quite clear.
+    Grey is the luma of the result. Alpha is enlarged bicubically: it is no photo, and G would
+    leave traces in what is to be quite clear. Raises InputError.
     """
     try:
         large, form = Image.fromarray(pixels), FORMATS[result.suffix.lower()]
         if image.mode in ("L", "LA"):
             large = large.convert("L")
-        if "A" in image.mode:
-            large.putalpha(image.getchannel("A").resize(large.size, Image.Resampling.BICUBIC))
         if outscale:
-            large = large.resize([max(1, round(side * outscale)) for side in image.size], Image.Resampling.LANCZOS)
+            large = large.resize([max(1, round(side * outscale)) for side in image.size],
+                                 Image.Resampling.LANCZOS)
+        if "A" in image.mode:
+            alpha = image.getchannel("A")
+            large.putalpha(alpha.resize(large.size, Image.Resampling.BICUBIC))
         result.parent.mkdir(parents=True, exist_ok=True)
         with srgan.replacing(result) as temporary:
             large.save(temporary, form, **image.info, **SAVE.get(form, {}))
-    except Exception as error:  # a full disk, no memory, more pixels than the format allows: whatever Pillow raises
-        raise InputError(f"{result}: cannot be written ({srgan.one_line(error) or type(error).__name__})") from None
+        return large.size
+    except Exception as error:                       # a full disk, no memory: all types
+        raise InputError(f"{result}: cannot be written ({srgan.one_line(error)})") from None
 
 
-def ahead(pool, function, items, n):
-    """(item, future of function(*item)) in turn, the function running up to n items ahead."""
-    waiting = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, *item)))
-        if len(waiting) > n:
-            yield waiting.popleft()
-    yield from waiting
+def upscale_all(jobs, generator, outscale, **options):
+    """Upscale and save each (input path, output path): (sizes of the results, failures).
 
-
-def together(opened):
-    """Lists of consecutive (picture, result path) to be computed at once: small pictures of one size, up to TOGETHER pixels."""
-    group = []
-    for image, result in opened:
-        if group and (image.size != group[0][0].size or (len(group) + 1) * image.width * image.height > TOGETHER):
-            yield group
-            group = []
-        group.append((image, result))
-    if group:
-        yield group
-
-
-def main():
-    args = parse_args()
-    srgan.MAX_MEGAPIXELS = args.max_megapixels
-    jobs, skipped = plan(args.input, args.output, args.overwrite)
-    if skipped:
-        print(f"{skipped} done already and left as they are (--overwrite redoes them)", file=sys.stderr)
-    if not jobs:
-        return 0
-    device = srgan.pick_device(args.device)
-    name, generator = load_model(args, device)
-    print(f"{name}, x{generator.arch['scale']}, on {device}", file=sys.stderr)
-    options = {"tile": args.tile, "ensemble": args.ensemble, "precision": srgan.pick_precision(device, args.precision),
-               "progress": sys.stderr.isatty()}
-    failures, saving = [], deque()
-
-    def result_of(future):
-        try:
-            return future.result()
-        except InputError as error:
-            failures.append(str(error))
-
-    # Files are decoded and saved by threads while the next pictures are computed.
-    pool = ThreadPoolExecutor()
-    try:
-        opened = ((image, job[1]) for job, future in ahead(pool, decode, jobs, 2) if (image := result_of(future)) is not None)
-        for group in together(tqdm(opened, total=len(jobs), unit="picture", disable=len(jobs) == 1 or not sys.stderr.isatty())):
+    A thread saves a result while the next one is computed, so at most two are in memory.
+    """
+    shown, saved, failures = sys.stderr.isatty(), [], []
+    with ThreadPoolExecutor(1) as pool:
+        for source, result in tqdm(jobs, unit="image", disable=len(jobs) == 1 or not shown):
             try:
-                results = srgan.upscale(generator, np.stack([np.array(image.convert("RGB")) for image, _ in group]), **options)
+                image = decode(source, result, outscale or generator.arch["scale"])
+                pixels = srgan.upscale(generator, np.array(image.convert("RGB")),
+                                       progress=len(jobs) == 1 and shown, **options)
+            except InputError as error:
+                failures.append(str(error))
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not srgan.is_out_of_memory(error):
                     raise
-                failures += [f"{result}: out of memory" for _, result in group]
+                failures.append(f"{source}: out of memory; take a smaller --tile")
                 continue
-            for (image, result), large in zip(group, results):
-                saving.append((pool.submit(encode, image, large, args.outscale, result), large.nbytes))
-            results = large = None
-            while len(saving) > 1 and sum(size for _, size in saving) > IN_FLIGHT:
-                result_of(saving.popleft()[0])
-        for future, _ in saving:
-            result_of(future)
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interruption waits for nothing that has not begun
-    if len(failures) == len(jobs) == 1 and not skipped:
+            wait(saved[-1:])
+            saved.append(pool.submit(save, image, pixels, outscale, result))
+            del image, pixels                        # the thread's alone
+    failures += [str(future.exception()) for future in saved if future.exception()]
+    return [future.result() for future in saved if not future.exception()], failures
+
+
+def main():
+    args, began = parse_args(), time.monotonic()
+    Image.MAX_IMAGE_PIXELS = args.max_megapixels * 1e6 / 2           # Pillow refuses twice as much
+    planned = plan(args)
+    jobs = [job for job in planned if args.overwrite or not os.path.lexists(job[1])]
+    skipped = len(planned) - len(jobs)
+    if skipped and not Path(args.output).is_dir():
+        raise InputError(f"{args.output} exists and is not overwritten without --overwrite; a "
+                         "folder for several images ends in /")
+    if skipped:
+        srgan.say(f"{skipped} of {len(planned)} exist and are left; --overwrite replaces them")
+    if not jobs:
+        print(srgan.printable(f"{args.output}: nothing to do"))
+        return 0
+    device = srgan.pick_device(args.device)
+    name, generator = load_model(args, device)
+    precision = srgan.pick_precision(device, args.precision)
+    srgan.say(f"{name}, x{generator.arch['scale']}, on {device}, in {precision}")
+    sizes, failures = upscale_all(jobs, generator, args.outscale, tile=args.tile,
+                                  ensemble=args.ensemble, precision=precision)
+    if len(failures) == len(planned) == 1:
         raise InputError(failures[0])
     for failure in failures:
         srgan.say(failure)
-    return 0 if not failures else 1 if len(failures) < len(jobs) + skipped else 2
+    megapixels = sum(width * height for width, height in sizes) / 1e6
+    done = f"{args.output}: {len(sizes)} of {len(jobs)} images, {megapixels:.1f} megapixels"
+    if len(jobs) == len(sizes) == 1:
+        done = "{}: {}x{} pixels".format(jobs[0][1], *sizes[0])
+    print(srgan.printable(f"{done}, {precision}, {time.monotonic() - began:.1f} s"))
+    return 0 if not failures else 1 if len(failures) < len(planned) else 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How real SR pictures look, as two distances from the originals (0: the same). A program, not a test:
+"""How real SR images look, as two distances from the originals (0: the same). It is no test:
 
-    python tests/realism.py results/weights_srgan Set14/HR [--vgg-weights squeezenet1_1.pth]
+    python tests/realism.py results/weights_srgan Set14/HR [--feature-weights squeezenet1_1.pth]
 
-Pictures pair by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of Deep Features
-as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned weights that make it LPIPS.
-Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches of three levels of a Laplacian
-pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018, Sec. 5. SqueezeNet (5 MB) is downloaded
-on first use; `--vgg-weights` names a file of it, as for train.py.
+Images pair by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of Deep
+Features as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned weights
+that make it LPIPS. Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches of
+three levels of a Laplacian pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018,
+Sec. 5. SqueezeNet (5 MB) is downloaded on first use; `--feature-weights` names a file of it, or
+"random". A network that was trained on SqueezeNet's features is judged by its own teacher here.
 """
 import argparse
 import sys
@@ -19,13 +20,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import srgan  # noqa: E402
 
-TAPS = (1, 4, 7, 9, 10, 11, 12)  # of SqueezeNet's layers
+TAPS = (1, 4, 7, 9, 10, 11, 12)                                  # of SqueezeNet's layers
 SIDE, PATCHES, DIRECTIONS, LEVELS = 7, 1024, 256, 3
 
 
-def unit_features(phi, picture):
+def unit_features(phi, image):
     """SqueezeNet's feature maps at TAPS, each position's vector of length 1."""
-    x, maps = (picture[None] - phi.mean) / phi.std, []
+    x, maps = (image[None] - phi.mean) / phi.std, []
     for i, layer in enumerate(phi.features):
         x = layer(x)
         if i in TAPS:
@@ -34,53 +35,67 @@ def unit_features(phi, picture):
 
 
 def perceptual_distance(phi, sr, hr):
-    """Squared distance of the unit feature vectors, mean over positions, sum over TAPS. Pictures [3, H, W] in [0, 1]."""
-    return sum((a - b).square().sum(1).mean().item() for a, b in zip(unit_features(phi, sr), unit_features(phi, hr)))
+    """Squared distance of the unit feature vectors, mean over positions, sum over TAPS.
+
+    Images are [3, H, W] in [0, 1].
+    """
+    return sum((a - b).square().sum(1).mean().item()
+               for a, b in zip(unit_features(phi, sr), unit_features(phi, hr)))
 
 
-def bands(picture):
-    """The LEVELS finest levels of the Laplacian pyramid of a picture [3, H, W], finest first."""
+def bands(image):
+    """The LEVELS finest levels of the Laplacian pyramid of an image [3, H, W], finest first."""
     gauss = torch.tensor([1.0, 4, 6, 4, 1]) / 16
     for _ in range(LEVELS):
-        low = picture[:, None]
-        for kernel, pad in ((gauss.view(1, 1, 5, 1), (0, 0, 2, 2)), (gauss.view(1, 1, 1, 5), (2, 2, 0, 0))):
-            low = F.conv2d(F.pad(low, pad, "reflect"), kernel)
-        yield picture - low[:, 0]
-        picture = low[:, 0, ::2, ::2]
+        low = F.pad(image[:, None], (2, 2, 2, 2), "reflect")
+        low = F.conv2d(F.conv2d(low, gauss.view(1, 1, 5, 1)), gauss.view(1, 1, 1, 5))
+        yield image - low[:, 0]
+        image = low[:, 0, ::2, ::2]
 
 
-def patches(pictures):
-    """For each level [pictures x PATCHES, SIDE x SIDE, 3]: the same random places in every set of pictures of the same sizes."""
+def patches(images):
+    """For each level [images x PATCHES, SIDE x SIDE, 3], from random places.
+
+    The places are the same in every set of images of the same sizes.
+    """
     rng, levels = np.random.default_rng(0), [[] for _ in range(LEVELS)]
-    for picture in pictures:
-        for level, band in zip(levels, bands(picture)):
+    for image in images:
+        for level, band in zip(levels, bands(image)):
             ys, xs = (rng.integers(0, side - SIDE + 1, PATCHES) for side in band.shape[1:])
-            level.append(np.stack([band[:, y:y + SIDE, x:x + SIDE].permute(1, 2, 0).reshape(-1, 3).numpy() for y, x in zip(ys, xs)]))
-    return [np.concatenate(level) for level in levels]
+            level += [band[:, y:y + SIDE, x:x + SIDE].permute(1, 2, 0).reshape(-1, 3).numpy()
+                      for y, x in zip(ys, xs)]
+    return [np.stack(level) for level in levels]
 
 
 def sliced_wasserstein(a, b):
-    """Mean distance (x1000) of two sets of patches, normalised by the second's colours, sorted along random directions."""
+    """Mean distance (x1000) of two sets of patches, sorted along random directions.
+
+    Both are normalised by the second's colours.
+    """
     mean, std = b.mean((0, 1)), b.std((0, 1))
     a, b = (((x - mean) / std).reshape(len(x), -1) for x in (a, b))
-    directions = np.random.default_rng(1).standard_normal((a.shape[1], DIRECTIONS)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    directions = rng.standard_normal((a.shape[1], DIRECTIONS)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=0)
     return 1000 * np.abs(np.sort(a @ directions, 0) - np.sort(b @ directions, 0)).mean()
 
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sr", help="folder of SR pictures")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sr", help="folder of SR images")
     parser.add_argument("hr", help="folder of the originals")
-    parser.add_argument("--vgg-weights", default="imagenet")
+    parser.add_argument("--feature-weights", "--vgg-weights", default="imagenet", metavar="FILE")
     args = parser.parse_args()
-    pairs = [[srgan.to_tensor(srgan.open_rgb(path)) for path in (sr, hr)] for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
-    phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.vgg_weights)
+    pairs = [[srgan.to_tensor(srgan.open_rgb(path)) for path in (sr, hr)]
+             for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
+    phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.feature_weights)
     perceptual = np.mean([perceptual_distance(phi, *pair) for pair in pairs])
     texture = [sliced_wasserstein(*level) for level in zip(*map(patches, zip(*pairs)))]
-    print(f"{args.sr}: {len(pairs)} pictures, perceptual distance {perceptual:.3f}, texture distance {np.mean(texture):.1f} "
-          f"({', '.join(f'{value:.1f}' for value in texture)}, finest level first)")
+    levels = ", ".join(f"{value:.1f}" for value in texture)
+    print(f"{args.sr}: {len(pairs)} images, perceptual distance {perceptual:.3f}, texture distance "
+          f"{np.mean(texture):.1f} ({levels}, finest level first)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
+"""Section 4: the store of decoded images, and the random patches that training sees."""
 import os
+import resource
+import threading
 
 import numpy as np
 import pytest
@@ -9,60 +12,103 @@ from PIL import Image
 import srgan
 
 
-def whole_lr(hr, scale=4):
-    return srgan.downsample(srgan.to_tensor(hr)[None], scale)[0]
+def make(folder, tmp_path, mode="auto", patch_size=32, **options):
+    store = srgan.Store(srgan.find_images(folder), tmp_path / "cache", mode)
+    return srgan.Patches(store, patch_size, **options)
 
 
-def make(photos, tmp_path, **options):
-    options = {"patch_size": 32, "cache": tmp_path / "cache", **options}
-    return srgan.Patches(srgan.find_images(photos), **options)
+def save(folder, **images):
+    """A folder with these arrays as PNG files."""
+    folder.mkdir(exist_ok=True)
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return folder
 
 
-def test_a_patch_is_a_part_of_the_picture_and_its_lr_of_the_whole_pictures_lr(photos, tmp_path):
-    patches = make(photos, tmp_path, augment="none")
-    for lr, hr in patches.batches(6, 0, 20):
-        assert lr.shape == (6, 3, 8, 8) and hr.shape == (6, 3, 32, 32)
-        assert hr.min() >= -1 and hr.max() <= 1 and lr.min() >= 0
-    for step in range(20):
-        (lr, hr), = patches.batches(6, step, step + 1)
-        for n, (image, top, left, _) in enumerate(patches._draw(step, 6)):
-            picture = srgan.open_rgb(patches.paths[image])
-            picture = picture[:picture.shape[0] // 4 * 4, :picture.shape[1] // 4 * 4]
-            top, left = top + 8, left + 8  # the margin of two LR pixels
-            assert np.array_equal(srgan.to_pixels(hr[n]).numpy(), picture[top:top + 32, left:left + 32])
-            expected = whole_lr(picture)[:, top // 4:top // 4 + 8, left // 4:left // 4 + 8]
-            assert (lr[n] - expected).abs().max() * 255 <= 1.001
-            pillow = np.array(Image.fromarray(picture).resize((picture.shape[1] // 4, picture.shape[0] // 4), Image.Resampling.BICUBIC))
-            pillow = pillow[top // 4:top // 4 + 8, left // 4:left // 4 + 8]
-            assert np.abs(lr[n].permute(1, 2, 0).numpy() * 255 - pillow).max() <= 1.001
+def coordinates(h, w, blue=0):
+    """An image whose pixels say where they are: red is y, green is x."""
+    y, x = np.mgrid[:h, :w]
+    return np.stack([y, x, np.full_like(x, blue)], 2).astype(np.uint8)
 
 
-def test_positions_reach_every_part_of_a_picture(photos, tmp_path):
+def corners(patches, image, steps=400):
+    """{(top, left)} of the windows cut from the `image`-th of several images of coordinates."""
+    windows = [hr[i].numpy() for step in range(steps) for hr in patches.windows(step, 2)[:1]
+               for i in range(2)]
+    return {(w[0, 0, 0], w[0, 0, 1]) for w in windows if w[0, 0, 2] == image}
+
+
+# Patches
+
+def test_a_patch_is_a_part_of_an_image_and_its_lr_of_the_whole_images_lr(photos, tmp_path):
+    patches, images = make(photos, tmp_path, augment="none"), []
+    for path in srgan.find_images(photos):
+        lr, hr = srgan.open_pair(path)
+        pillow = Image.fromarray(hr).resize((hr.shape[1] // 4, hr.shape[0] // 4),
+                                            Image.Resampling.BICUBIC)
+        images.append((np.array(pillow), lr, hr))
+    for lr, hr in patches.batches(4, 0, 5):
+        assert lr.shape == (4, 3, 8, 8) and hr.shape == (4, 3, 32, 32)
+        assert 0 <= lr.min() and lr.max() <= 1 and -1 <= hr.min() and hr.max() <= 1
+        for lr_patch, hr_patch in zip(lr.mul(255).permute(0, 2, 3, 1).numpy(), srgan.to_pixels(hr)):
+            found = [(image, y, x) for image, (_, _, whole) in enumerate(images)
+                     for y in range(2, whole.shape[0] // 4 - 9)
+                     for x in range(2, whole.shape[1] // 4 - 9)
+                     if np.array_equal(whole[4 * y:4 * y + 32, 4 * x:4 * x + 32], hr_patch)]
+            (image, y, x), = found                               # on the grid of LR pixels
+            for whole_lr in images[image][:2]:
+                part = whole_lr[y:y + 8, x:x + 8]
+                assert np.abs(lr_patch - part).max() <= 1.001    # rounding in another order
+
+
+@pytest.mark.parametrize("crop_margin", [0, 0.1])
+def test_windows_reach_every_part_within_a_margin_that_grows_with_the_image(tmp_path, crop_margin):
+    sizes = (100, 60), (163, 130)
+    folder = save(tmp_path / "data", a=coordinates(*sizes[0]), b=coordinates(*sizes[1], 1))
+    patches = make(folder, tmp_path, augment="none", crop_margin=crop_margin)
+    for image, size in enumerate(sizes):
+        for axis, side in enumerate(size):                       # never more than leaves a place
+            margin = min(int(crop_margin * side / 4), (side // 4 - 12) // 2) * 4
+            assert {corner[axis] for corner in corners(patches, image, 500)} == \
+                {*range(margin, side // 4 * 4 - 48 - margin + 1, 4)}
+
+
+def test_images_are_distinct_within_a_batch_where_there_are_enough(photos, tmp_path):
     patches = make(photos, tmp_path)
-    draws = np.concatenate([patches._draw(step, 6) for step in range(500)])
-    first = draws[draws[:, 0] == 0]  # 100 x 130: windows of 48 on the LR grid
-    assert set(first[:, 1]) == set(range(0, 53, 4)) and set(first[:, 2]) == set(range(0, 81, 4))
-    assert set(first[:, 3]) == set(range(8))
-
-
-def test_pictures_are_distinct_within_a_batch_while_there_are_enough(photos, tmp_path):
-    patches = make(photos, tmp_path)
-    assert all(len(set(patches._draw(step, 6)[:, 0])) == 6 for step in range(50))
-    assert len(patches._draw(0, 16)) == 16
-    weighted = make(photos, tmp_path, weights=[1, 1, 1, 1, 1, 95])
-    assert np.mean([weighted._draw(step, 1)[0, 0] == 5 for step in range(500)]) > 0.9
+    batches = [[image for image, *_ in patches.draw(step, 6)] for step in range(50)]
+    assert all(sorted(batch) == [0, 1, 2, 3, 4, 5] for batch in batches)
+    assert len({tuple(batch) for batch in batches}) > 40 and len(patches.draw(0, 16)) == 16
 
 
 @pytest.mark.parametrize("augment, count", [("none", 1), ("flip", 2), ("all", 8)])
 def test_augmentation_is_the_flips_and_rotations_it_names(tmp_path, augment, count):
-    picture = photo(48, 48, seed=9)
-    Image.fromarray(picture).save(tmp_path / "only.png")
-    patches = srgan.Patches([tmp_path / "only.png"], 32, augment=augment, cache=tmp_path / "cache")
-    seen = {srgan.to_pixels(hr[0]).numpy().tobytes() for _, hr in patches.batches(1, 0, 100)}
-    centre = picture[8:40, 8:40]
-    every = [np.rot90(p, k).copy().tobytes() for k in range(4) for p in (centre[:, ::-1], centre)]
-    expected = {"none": {every[1]}, "flip": {every[0], every[1]}, "all": set(every)}[augment]
-    assert seen == expected and len(seen) == count
+    image = photo(48, 48, seed=9)
+    patches = make(save(tmp_path / "data", only=image), tmp_path, augment=augment)
+    pairs = [pair for pair in patches.batches(1, 0, 100)]
+    centre = image[8:40, 8:40]
+    every = [np.rot90(p, k) for p in (centre, centre[:, ::-1]) for k in range(4)]
+    expected = {"none": every[:1], "flip": [every[0], every[4]], "all": every}[augment]
+    seen = [srgan.to_pixels(hr[0]).numpy().tobytes() for _, hr in pairs]
+    assert {*seen} == {np.ascontiguousarray(x).tobytes() for x in expected}
+    assert len({*seen}) == count
+    assert min(map(seen.count, seen)) > 50 / count               # about equally often
+
+
+def test_lr_images_that_are_given_are_cut_where_hr_is(tmp_path, capsys):
+    """HR is LR with each pixel four times enlarged: whatever is drawn, LR is every fourth of HR."""
+    small = [np.random.default_rng(i).integers(0, 256, (20 + i, 25, 3), np.uint8) for i in range(3)]
+    lr = save(tmp_path / "lr", p0=small[0], p1=small[1], p2=small[2])
+    large = {f"p{i}": x.repeat(4, 0).repeat(4, 1) for i, x in enumerate(small)}
+    hr = save(tmp_path / "hr", **large)
+    lr_store, seen = srgan.Store(srgan.find_images(lr), tmp_path / "cache"), set()
+    for x, y in make(hr, tmp_path, lr=lr_store).batches(3, 0, 30):
+        assert x.shape == (3, 3, 8, 8) and torch.equal(x * 2 - 1, y[:, :, ::4, ::4])
+        seen |= {patch.numpy().tobytes() for patch in x}
+    assert len(seen) > 80
+    save(lr, p0=photo(20, 20))                                   # not the size of its HR
+    lr_store = srgan.Store(srgan.find_images(lr), tmp_path / "cache")
+    assert len(list(make(hr, tmp_path, lr=lr_store).batches(2, 0, 5))) == 5
+    assert "lr/p0.png: not 1/4 of its HR image's size" in capsys.readouterr().err
 
 
 def test_a_batch_depends_on_seed_rank_and_update_alone(photos, tmp_path):
@@ -70,99 +116,9 @@ def test_a_batch_depends_on_seed_rank_and_update_alone(photos, tmp_path):
     list(a.batches(4, 0, 3))
     (x,), (y,) = (list(p.batches(4, 7, 8)) for p in (a, b))
     assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
-    for other in (make(photos, tmp_path, seed=1), make(photos, tmp_path, rank=1)):
-        assert not torch.equal(x[1], next(iter(other.batches(4, 7, 8)))[1])
-
-
-def test_streaming_gives_the_batches_of_the_store(photos, tmp_path):
-    stored, streamed = make(photos, tmp_path), make(photos, tmp_path, store="never")
-    for (a, b), (c, d) in zip(stored.batches(5, 3, 8), streamed.batches(5, 3, 8), strict=True):
-        assert torch.equal(a, c) and torch.equal(b, d)
-
-
-def test_auto_streams_what_exceeds_the_limit(photos, tmp_path, monkeypatch):
-    assert make(photos, tmp_path / "a", store="auto").pixels is not None
-    monkeypatch.setattr(srgan, "STORE_LIMIT", 1000)
-    assert make(photos, tmp_path / "b", store="auto").pixels is None
-    assert not list((tmp_path / "b" / "cache").glob("*.pixels"))
-
-
-@pytest.mark.parametrize("store", ["always", "never"])
-def test_broken_and_small_pictures_are_left_out(photos, tmp_path, store, capfd):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for i, path in enumerate(srgan.find_images(photos)[:2]):
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "text.png").write_text("no picture")
-    whole = (folder / "p1.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])  # its header is fine
-    Image.fromarray(photo(20, 20)).save(folder / "small.png")
-    patches = srgan.Patches(srgan.find_images(folder), 32, cache=tmp_path / "cache", store=store)
-    good = {srgan.open_rgb(folder / n).shape for n in ("p0.png", "p1.png")}
-    assert len(good) == 2
-    assert all(hr.shape == (2, 3, 32, 32) for _, hr in patches.batches(2, 0, 5))
-    message = capfd.readouterr().err
-    assert "text.png" in message and "small.png" in message and "cut.png" in message
-    if store == "always":
-        assert all(patches.paths[i].name in ("p0.png", "p1.png") for step in range(20) for i in patches._draw(step, 2)[:, 0])
-
-
-def test_no_usable_picture_is_an_error(tmp_path):
-    Image.fromarray(photo(20, 20)).save(tmp_path / "small.png")
-    with pytest.raises(srgan.InputError, match="48x48"):
-        srgan.Patches([tmp_path / "small.png"], 32, cache=tmp_path / "cache")
-
-
-def test_the_store_is_made_once_and_anew_when_a_file_changes(photos, tmp_path, monkeypatch):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for path in srgan.find_images(photos):
-        (folder / path.name).write_bytes(path.read_bytes())
-    opened = []
-    monkeypatch.setattr(srgan, "open_rgb", lambda path, real=srgan.open_rgb: opened.append(path) or real(path))
-    make(folder, tmp_path)
-    make(folder, tmp_path)
-    assert len(opened) == 6
-    Image.fromarray(255 - srgan.open_rgb(folder / "p0.png")).save(folder / "p0.png")
-    os.utime(folder / "p0.png", ns=(1, 1))
-    opened.clear()
-    make(folder, tmp_path)
-    assert len(opened) == 6
-
-
-def test_a_store_that_was_cut_off_is_made_again(photos, tmp_path, monkeypatch):
-    def fail(path):
-        raise KeyboardInterrupt
-    real = srgan.open_rgb
-    monkeypatch.setattr(srgan, "open_rgb", fail)
-    with pytest.raises(KeyboardInterrupt):
-        make(photos, tmp_path)
-    assert not list((tmp_path / "cache").glob("*.pixels"))
-    monkeypatch.setattr(srgan, "open_rgb", real)
-    assert make(photos, tmp_path).pixels.any()
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_batches_on_the_gpu_are_those_of_the_cpu(photos, tmp_path):
-    cpu, gpu = make(photos, tmp_path), make(photos, tmp_path, device="cuda")
-    assert gpu.pixels.device.type == "cuda"
-    for (a, b), (c, d) in zip(cpu.batches(4, 0, 5), gpu.batches(4, 0, 5)):
-        assert torch.equal(b, d.cpu()) and (a - c.cpu()).abs().max() * 255 <= 1.001
-
-
-def test_a_crop_margin_keeps_to_the_centre_and_grows_with_the_picture(tmp_path):
-    sizes = {"small.png": (100, 60), "large.png": (218, 178)}
-    for name, (h, w) in sizes.items():
-        Image.fromarray(photo(h, w)).save(tmp_path / name)
-    patches = srgan.Patches(srgan.find_images(tmp_path), 32, crop_margin=0.1, cache=tmp_path / "cache")
-    draws = np.concatenate([patches._draw(step, 2) for step in range(2000)])
-    for image, path in enumerate(patches.paths):
-        (h, w), seen = sizes[path.name], draws[draws[:, 0] == image]
-        for side, first in ((h, seen[:, 1]), (w, seen[:, 2])):
-            margin = min(int(0.1 * side / 4), (side // 4 - 12) // 2) * 4
-            assert first.min() == margin and first.max() == side // 4 * 4 - 48 - margin
-    assert all(hr.shape == (2, 3, 32, 32) for _, hr in patches.batches(2, 0, 3))
+    others = [make(photos, tmp_path, seed=1), make(photos, tmp_path, rank=1)]
+    for hr in (*(next(p.batches(4, 7, 8))[1] for p in others), next(a.batches(4, 8, 9))[1]):
+        assert not torch.equal(x[1], hr)
 
 
 def test_patches_can_grow(photos, tmp_path):
@@ -170,27 +126,145 @@ def test_patches_can_grow(photos, tmp_path):
     patches.resize(64)
     (lr, hr), = patches.batches(2, 0, 1)
     assert lr.shape == (2, 3, 16, 16) and hr.shape == (2, 3, 64, 64)
-    with pytest.raises(srgan.InputError):
+    with pytest.raises(srgan.InputError, match="no image is 216x216 or larger"):
         patches.resize(200)
 
 
-def test_headers_are_read_once(photos, tmp_path, monkeypatch):
-    make(photos, tmp_path, store="never")
-    monkeypatch.setattr(srgan, "_read_size", lambda path: pytest.fail("read again"))
-    make(photos, tmp_path, store="never"), make(photos, tmp_path)
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_on_the_gpu_are_those_of_the_cpu(photos, tmp_path):
+    cpu, gpu = make(photos, tmp_path), make(photos, tmp_path, device="cuda")
+    assert gpu.hr.pixels.device.type == "cuda"
+    for (a, b), (c, d) in zip(cpu.batches(4, 0, 5), gpu.batches(4, 0, 5)):
+        assert torch.equal(b, d.cpu()) and (a - c.cpu()).abs().max() * 255 <= 1.001
 
 
-def test_a_stream_whose_pictures_are_all_broken_ends(photos, tmp_path):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for path in srgan.find_images(photos):
-        (folder / path.name).write_bytes(path.read_bytes()[:5000])
-    patches = srgan.Patches(srgan.find_images(folder), 32, cache=tmp_path / "cache", store="never")
-    with pytest.raises(srgan.InputError, match="cannot be read"):
-        next(iter(patches.batches(2, 0, 1)))
+# Streaming
+
+def test_streaming_gives_the_batches_of_the_store(photos, tmp_path, monkeypatch, capsys):
+    stored, streamed = make(photos, tmp_path), make(photos, tmp_path, "never", threads=3)
+    pairs = zip(stored.batches(5, 3, 15), streamed.batches(5, 3, 15), strict=True)
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+    assert stored.hr.pixels is not None and streamed.hr.pixels is None
+    monkeypatch.setattr(srgan, "STORE_LIMIT", 1000)              # "auto" streams what is larger
+    assert make(photos, tmp_path / "other").hr.pixels is None
+    assert not list((tmp_path / "other/cache").glob("*.pixels"))
+    assert "decoding images as they are needed" in capsys.readouterr().err
 
 
-def test_sizes_are_read_without_decoding(photos, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    assert srgan._read_size(photos / "p1.png") == (103, 125)
+def test_a_stream_that_is_left_decodes_nothing_more(photos, tmp_path, monkeypatch):
+    opened, gate, real = [], threading.Event(), srgan.open_rgb
+
+    def wait(path):
+        opened.append(path)
+        if len(opened) > 8:                                      # the first two batches
+            gate.wait(60)
+        return real(path)
+    monkeypatch.setattr(srgan, "open_rgb", wait)
+    before = threading.active_count()
+    batches = make(photos, tmp_path, "never", threads=2).batches(4, 0, 1000)
+    next(batches)
+    threading.Timer(0.1, gate.set).start()
+    batches.close()
+    assert len(opened) <= 16 and threading.active_count() <= before + 1   # the timer
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_broken_and_small_images_are_left_out(photos, tmp_path, mode, capsys):
+    folder = save(tmp_path / "mixed", p0=photo(60, 70), p1=photo(60, 70, 1), small=photo(20, 20))
+    (folder / "text.png").write_text("no image")
+    whole = (folder / "p1.png").read_bytes()
+    (folder / "cut\n.png").write_bytes(whole[:len(whole) // 2])  # its header is fine
+    patches = make(folder, tmp_path, mode)
+    assert all(hr.shape == (2, 3, 32, 32) for _, hr in patches.batches(2, 0, 10))
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("text.png", "small.png", r"cut\n.png"))
+    if mode == "always":
+        assert "left out 3 of 5 images" in err
+        assert {image for step in range(20) for image, *_ in patches.draw(step, 2)} == {1, 2}
+    os.truncate(folder / "p0.png", 900), os.truncate(folder / "p1.png", 900)
+    with pytest.raises(srgan.InputError, match="no image is|all other images are|cannot be used"):
+        next(make(folder, tmp_path, mode).batches(2, 0, 1))
+
+
+# The store
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the images that are decoded."""
+    names, real = [], srgan.open_rgb
+    monkeypatch.setattr(srgan, "open_rgb", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_the_store_holds_the_images_and_is_made_once(photos, tmp_path, opened):
+    paths = srgan.find_images(photos)
+    for mode in ("always", "auto"):
+        store = srgan.Store(paths, tmp_path / "cache", mode)
+        assert sorted(opened) == [path.name for path in paths]
+        for i, path in enumerate(paths):
+            assert np.array_equal(store[i].numpy(), np.array(Image.open(path)))
+    streamed = srgan.Store(paths, tmp_path / "cache", "never")
+    assert all(torch.equal(streamed[i], store[i]) for i in range(len(paths)))
+
+
+def test_a_changed_image_a_cut_off_or_longer_store_is_decoded_anew(tmp_path, opened):
+    folder = save(tmp_path / "data", a=photo(60, 70), b=photo(60, 70, 1))
+    cache = tmp_path / "cache"
+
+    def count():
+        opened.clear()
+        store = srgan.Store(srgan.find_images(folder), cache)
+        assert all(np.array_equal(store[i], np.array(Image.open(path)))
+                   for i, path in enumerate(store.paths))
+        return len(opened)
+    assert (count(), count()) == (2, 0)
+    for suffix in (".pixels", ".npy"):
+        file, = cache.glob(f"*{suffix}")
+        for size in (0, 50, file.stat().st_size + 1):
+            os.truncate(file, size)
+            assert count() == (0 if suffix == ".npy" and size > 50 else 2) and count() == 0
+    save(folder, b=photo(60, 70, 2))
+    os.utime(folder / "b.png", ns=(1, 1))
+    assert (count(), count()) == (2, 0)
+    os.truncate(folder / "b.png", 3000)                          # a broken one is not tried again
+    opened.clear()
+    assert [len(srgan.Store(srgan.find_images(folder), cache)[1]) for _ in range(2)] == [0, 0]
+    assert len(opened) == 2
+
+
+def test_a_store_is_complete_or_not_there(photos, tmp_path, monkeypatch):
+    paths, real = srgan.find_images(photos), srgan.open_rgb
+    monkeypatch.setattr(srgan, "open_rgb", lambda path: real(path) if path != paths[3] else
+                        (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        srgan.Store(paths, tmp_path / "cache")
+    monkeypatch.setattr(srgan, "open_rgb", real)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))            # a full disk
+    try:
+        with pytest.raises(srgan.InputError, match="cannot hold .*--cache.*store=never"):
+            srgan.Store(paths, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert srgan.Store(paths, tmp_path / "cache").pixels.any()
+
+
+# The split
+
+def test_a_split_holds_each_image_once_and_depends_on_the_names_alone(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    parts = srgan.split(paths, (80, 15, 5))
+    assert {name: len(part) for name, part in parts.items()} == {"train": 32, "val": 6, "test": 2}
+    assert sorted(sum(parts.values(), [])) == sorted(paths)
+    elsewhere = srgan.split([tmp_path / "other" / path.name for path in paths[::-1]], (80, 15, 5))
+    assert {path.name for path in elsewhere["val"]} == {path.name for path in parts["val"]}
+    assert parts["val"] != sorted(paths)[:6]                     # not the first by name
+    few = srgan.split(paths, (80, 15, 5), validate_on=2)
+    assert few["val"] == parts["val"][:2] and few["test"] == parts["test"]
+    assert len(few["train"]) == 36
+    two = srgan.split(paths[:2], (95, 5, 0))
+    assert (len(two["train"]), len(two["val"]), two["test"]) == (1, 1, [])
+    odd = srgan.Path(os.fsdecode(b"not-utf8-\xff.png"))
+    assert srgan.split([odd], (100, 0, 0))["train"] == [odd]

@@ -1,149 +1,315 @@
+"""upscale.py: what is read, kept, written and said."""
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, photo
 from PIL import Image, ImageCms
+from test_images import chunk, png, tiff
 
 import srgan
+import upscale
+
+RGB = Image.fromarray(photo(20, 30))
+UPRIGHT = 0x0112                                                 # EXIF: orientation
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch):
+    """Puts Pillow's limit, which upscale.py sets, back."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 @pytest.fixture
-def ckpt(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("ckpt") / "tiny.pth"
+def ckpt(tmp_path):
+    path = tmp_path / "model" / "tiny.pth"
+    path.parent.mkdir()
     srgan.save_checkpoint(path, srgan.Generator(channels=4, n_blocks=1))
     return path
 
 
-RGB = Image.fromarray(photo(20, 30))
+@pytest.fixture
+def up(script, ckpt):
+    """up(inputs ..., output, options ...) runs upscale.py: (exit status, stdout, stderr)."""
+    def call(*args):
+        return script("upscale", "--ckpt", ckpt, "--precision", "fp32", *args)
+    return call
 
 
-def upscaled(script, ckpt, tmp_path, image, name, out="out.png", *options, **save):
-    image.save(tmp_path / name, **save)
-    status, _, err = script("upscale", tmp_path / name, tmp_path / out, "--ckpt", ckpt, *options)
-    assert status == 0, err
-    return Image.open(tmp_path / out)
+@pytest.fixture
+def result(up, tmp_path):
+    """result(image, name, output, options ...) saves an image as `name` and upscales it."""
+    def call(image, name, out="out.png", *options, **save):
+        image.save(tmp_path / name, **save)
+        status, _, err = up(name, out, *options, "--overwrite")
+        assert status == 0, err
+        return Image.open(tmp_path / out)
+    return call
+
+
+def messages(err):
+    """stderr without the line that says what computes."""
+    return "\n".join(line for line in err.splitlines() if ", x4, on" not in line)
 
 
 def near(a, b):
-    """The generator of `ckpt` starts as a nearest-neighbour upsampling of less contrast: the picture is still recognisable."""
+    """G of `ckpt` is about nearest-neighbour upsampling: the image is still to be recognised."""
     a, b = (np.asarray(x.resize(b.size).convert("RGB"), float).ravel() for x in (a, b))
     return np.corrcoef(a, b)[0, 1] > 0.95
 
 
-def test_every_kind_of_picture_keeps_what_it_is(script, ckpt, tmp_path):
+def test_every_kind_of_image_keeps_what_it_is(result):
     grey = RGB.convert("L")
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, 30).astype(np.uint8), (20, 1)))
-    rgba, la = RGB.copy(), grey.copy()
-    rgba.putalpha(alpha), la.putalpha(alpha)
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    rgba, la, constant = RGB.copy(), grey.copy(), RGB.copy()
+    rgba.putalpha(alpha), la.putalpha(alpha), constant.putalpha(77)
     grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    cases = [(RGB, "rgb.png", "RGB", RGB, {}), (grey, "grey.png", "L", grey, {}), (rgba, "rgba.png", "RGBA", RGB, {}),
-             (la, "la.png", "LA", grey, {}), (RGB.quantize(64), "palette.png", "RGB", RGB, {}), (grey16, "16.png", "L", grey, {}),
-             (RGB, "turned.jpg", "RGB", RGB.rotate(-90, expand=True), {"exif": turned, "quality": 95}),
-             (RGB, "photo.webp", "RGB", RGB, {"quality": 95}), (RGB.convert("CMYK"), "print.jpg", "RGB", RGB, {"quality": 95})]
-    for image, name, mode, expected, save in cases:
-        result = upscaled(script, ckpt, tmp_path, image, name, **save)
-        assert result.mode == mode and result.size == tuple(4 * n for n in expected.size), name
-        assert near(result, expected), name
+    turned = Image.Exif()
+    turned[UPRIGHT] = 6
+    for image, name, mode, expected, save in (
+            (RGB, "a.png", "RGB", RGB, {}), (grey, "a.png", "L", grey, {}),
+            (rgba, "a.png", "RGBA", RGB, {}), (la, "a.png", "LA", grey, {}),
+            (RGB.quantize(64), "a.png", "RGB", RGB, {}), (grey16, "a.png", "L", grey, {}),
+            (RGB, "a.jpg", "RGB", RGB.rotate(-90, expand=True), {"exif": turned, "quality": 95}),
+            (RGB.convert("CMYK"), "a.jpg", "RGB", RGB, {"quality": 95})):
+        large = result(image, name, **save)
+        assert large.mode == mode and large.size == tuple(4 * n for n in expected.size), name
+        assert near(large, expected), name
         if mode in ("RGBA", "LA"):
-            assert near(result.getchannel("A"), alpha) and result.getchannel("A").getextrema() == (0, 255), name
+            large = large.getchannel("A")
+            assert near(large, alpha) and large.getextrema() == (0, 255)
+    assert result(constant, "a.png").getchannel("A").getextrema() == (77, 77)
 
 
-def test_transparency_that_is_the_same_everywhere_stays_exactly(script, ckpt, tmp_path):
-    rgba = RGB.copy()
-    rgba.putalpha(77)
-    assert upscaled(script, ckpt, tmp_path, rgba, "a.png").getchannel("A").getextrema() == (77, 77)
-
-
-def test_icc_profile_and_dpi_are_kept(script, ckpt, tmp_path):
+@pytest.mark.parametrize("out", ["out.png", "out.jpg", "out.webp", "out.tif"])
+def test_icc_profile_dpi_and_exif_are_kept_but_orientation_and_thumbnail(result, out):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for out in ("out.png", "out.jpg"):
-        result = upscaled(script, ckpt, tmp_path, RGB, "a.png", out, icc_profile=profile, dpi=(300, 300))
-        assert result.info["icc_profile"] == profile
-        assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    exif = Image.Exif()
+    exif[UPRIGHT], exif[271], exif[306] = 6, "Maker", "2024:05:06 07:08:09"
+    exif[0x8769] = {36867: "2023:01:02 03:04:05", 37500: b"maker's own", 40962: 30}
+    exif[0x8825] = {1: "N", 2: (52.0, 30.0, 12.5), 3: "E", 4: (13.0, 24.0, 1.0)}
+    large = result(RGB, "a.jpg", out, icc_profile=profile, dpi=(300, 300), exif=exif)
+    kept = large.getexif()
+    assert large.size == (80, 120) and kept.get(UPRIGHT, 1) == 1
+    assert kept[271] == "Maker" and kept[306] == "2024:05:06 07:08:09"
+    assert kept.get_ifd(0x8825)[2] == (52.0, 30.0, 12.5)
+    assert kept.get_ifd(0x8769)[36867] == "2023:01:02 03:04:05"
+    assert 37500 not in kept.get_ifd(0x8769) and 40962 not in kept.get_ifd(0x8769)
+    assert not kept.get_ifd(1)
+    assert large.info["icc_profile"] == profile
+    if out != "out.webp":
+        assert large.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
-def test_outscale_sets_the_final_size(script, ckpt, tmp_path):
-    assert upscaled(script, ckpt, tmp_path, RGB, "a.png", "out.png", "--outscale", "1.5").size == (45, 30)
-    assert upscaled(script, ckpt, tmp_path, RGB, "a.png", "out.png", "--outscale", "6").size == (180, 120)
+def test_icc_profiles_densities_and_exif_that_make_no_sense_are_left_out(up, tmp_path):
+    pixels = np.full((5, 7), 100, np.uint8)
+    tiff(tmp_path / "a.tif", pixels, t34675=(3, [7]))            # a number for a profile
+    assert up("a.tif", "a.png")[0] == 0 and "icc_profile" not in Image.open("a.png").info
+    RGB.save("b.tif", dpi=(4e9, 4e9))
+    assert up("b.tif", "b.png")[0] == 0 and "dpi" not in Image.open("b.png").info
+    png(tmp_path / "c.png", pixels, 8, 0, chunk(b"eXIf", b"II*\0\xff\xff\xff\xff nonsense"))
+    assert up("c.png", "c.jpg")[0] == 0 and not Image.open("c.jpg").getexif()
 
 
-def test_tiles_ensemble_and_precision_are_options(script, ckpt, tmp_path):
+def test_a_jpeg_is_written_without_loss_of_colour_resolution(result):
+    large = result(RGB, "a.png", "out.jpg")
+    assert large.layer[0][1:3] == large.layer[1][1:3] == (1, 1)  # 4:4:4
+    assert max(large.quantization[0]) <= 12                      # quality 95
+
+
+def test_outscale_sets_the_final_size(result):
+    assert result(RGB, "a.png", "out.png", "--outscale", "1.5").size == (45, 30)
+    assert result(RGB, "a.png", "out.png", "--outscale", "6").size == (180, 120)
+
+
+def test_tiles_ensemble_and_precision_are_options(result, ckpt):
     generator = srgan.load_generator(ckpt)
     torch.nn.init.normal_(generator.tail.weight, std=0.2)
     srgan.save_checkpoint(ckpt, generator)
-    plain = np.asarray(upscaled(script, ckpt, tmp_path, RGB, "a.png", "out.png", "--precision", "fp32"))
-    tiled = np.asarray(upscaled(script, ckpt, tmp_path, RGB, "a.png", "out.png", "--precision", "fp32", "--tile", "7"))
-    assert np.abs(plain.astype(int) - tiled).max() <= 1
+    plain = np.asarray(result(RGB, "a.png"), int)
+    for tile in ("7", "0", "9" * 400):
+        assert np.abs(plain - result(RGB, "a.png", "out.png", "--tile", tile)).max() <= 1
     for option in (("--ensemble",), ("--precision", "bf16")):
-        other = np.asarray(upscaled(script, ckpt, tmp_path, RGB, "a.png", "out.png", *option))
-        assert 0 < np.abs(plain.astype(int) - other).mean() < 30
+        other = np.asarray(result(RGB, "a.png", "out.png", *option), int)
+        assert 0 < np.abs(plain - other).mean() < 30
 
 
-def test_a_folder_becomes_a_folder_and_so_do_several_files(script, ckpt, tmp_path):
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    RGB.save(tmp_path / "in" / "a.jpg"), RGB.save(tmp_path / "in" / "deep" / "b.png")
-    assert script("upscale", "in", "out", "--ckpt", ckpt)[0] == 0
-    assert sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "out").rglob("*.png")) == ["out/a.png", "out/deep/b.png"]
-    assert script("upscale", "in/a.jpg", "in/deep/b.png", "many", "--ckpt", ckpt)[0] == 0
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["a.png", "b.png"]
-    assert script("upscale", "in/a.jpg", "one/", "--ckpt", ckpt)[0] == 0
-    assert Image.open(tmp_path / "one" / "a.png").size == (120, 80)
+def test_nothing_that_exists_is_overwritten_unasked(up, tmp_path, one_line):
+    for name in ("a.png", "b.png"):
+        RGB.save(tmp_path / name)
+    before = (tmp_path / "b.png").read_bytes()
+    status, _, err = up("a.png", "b.png")                        # upscale.py *.png, of two
+    assert status == 2 and "--overwrite" in err and "a folder for several images ends in /" in err
+    one_line(err)
+    for out in ("a.png", "b.png"):                               # the names of *.png, of three
+        assert "ends in /" in up("a.png", "b.png", out)[2]
+    assert (tmp_path / "b.png").read_bytes() == before
+    assert up("a.png", "b.png", "--overwrite")[0] == 0
+    assert Image.open(tmp_path / "b.png").size == (120, 80)
 
 
-def test_a_broken_picture_among_others_fails_alone(script, ckpt, tmp_path, one_line):
+def test_inputs_are_never_overwritten(up, tmp_path):
     (tmp_path / "in").mkdir()
-    RGB.save(tmp_path / "in" / "a.png")
-    (tmp_path / "in" / "b.png").write_text("hello")
-    status, _, err = script("upscale", "in", "out", "--ckpt", ckpt)
-    assert status == 1 and "b.png" in err
-    assert script("upscale", "in/b.png", "in/c.png", "out", "--ckpt", ckpt)[0] == 2  # none was done
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
+    RGB.save(tmp_path / "in/a.png")
+    (tmp_path / "link.png").symlink_to("in/a.png")
+    (tmp_path / "hard.png").hardlink_to(tmp_path / "in/a.png")
+    for args in (("in/a.png", "in/a.png"), ("in/a.png", "in/"), ("in/a.png", "link.png"),
+                 ("in/a.png", "hard.png"), ("link.png", "in/a.png"), ("in", "in"), ("in", ".")):
+        for options in ((), ("--overwrite",)):
+            status, _, err = up(*args, *options)
+            assert status == 2 and ("never overwritten" in err or "holds the input" in err), args
+    for options in ((), ("--overwrite",)):                       # a folder within the input
+        assert up("in", "in/large", *options)[0] == 0
+        assert len(list((tmp_path / "in").rglob("*.*"))) == 2
+    assert Image.open(tmp_path / "in/a.png").size == (30, 20)
 
 
-def test_what_a_user_can_cause_is_one_line_and_status_2(script, ckpt, tmp_path, one_line, monkeypatch):
+def test_an_interrupted_folder_goes_on_and_overwrite_redoes_it(up, tmp_path):
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        RGB.save(tmp_path / "in" / name)
+    (tmp_path / "out/b.png").write_text("mine")
+    status, out, err = up("in", "out")
+    assert status == 0 and "1 of 3 exist" in err and out.startswith("out: 2 of 2 images, ")
+    assert (tmp_path / "out/b.png").read_text() == "mine"
+    status, out, err = up("in", "out")
+    assert status == 0 and "3 of 3 exist" in err and out == "out: nothing to do\n"
+    assert up("in", "out", "--overwrite")[0] == 0
+    assert Image.open(tmp_path / "out/b.png").size == (120, 80)
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def test_a_folder_becomes_a_folder_in_the_formats_that_ext_says(up, tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.webp", "c.PNG", "d.bmp", "e.gif", "f.tif"):
+        RGB.save(tmp_path / "in" / name)
+    assert up("in", "out")[0] == 0
+    assert written(tmp_path / "out") == ["a.jpg", "c.PNG", "d.png", "deep/b.webp", "e.png", "f.tif"]
+    assert [Image.open(tmp_path / "out" / name).format for name in ("a.jpg", "deep/b.webp")] == [
+        "JPEG", "WEBP"]
+    for ext in ("png", "jpg", "webp"):
+        assert up("in/a.jpg", "in/deep", f"{ext}/", "--ext", ext)[0] == 0
+        assert written(tmp_path / ext) == [f"a.{ext}", f"b.{ext}"]
+    assert up("in/a.jpg", "one/")[0] == 0 and written(tmp_path / "one") == ["a.jpg"]
+    assert up("in/a.jpg", "one.png", "--ext", "jpg")[0] == 2     # it would be ignored
+
+
+def test_two_inputs_of_one_name_both_keep_their_extension(up, tmp_path, one_line):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "a.png", "b.png"):
+        RGB.save(tmp_path / "in" / name)
+    assert up("in", "out", "--ext", "png")[0] == 0
+    assert written(tmp_path / "out") == ["a.jpg.png", "a.png.png", "b.png"]
     RGB.save(tmp_path / "a.png")
-    RGB.save(tmp_path / "a.jpg")
+    status, _, err = up("a.png", "in/a.png", "other")
+    assert status == 2 and "would both become" in err
+    one_line(err)
+
+
+def test_files_of_unread_formats_in_a_folder_are_named_once(up, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("IMG.HEIC", "raw.cr2", "scan.pdf", "notes.txt", "._IMG.heic"):
+        (tmp_path / "in" / name).write_text("x")
+    RGB.save(tmp_path / "in/a.png")
+    status, _, err = up("in", "out")
+    assert status == 0 and err.count("skipped") == 1
+    assert "IMG.HEIC, raw.cr2, scan.pdf;" in err and "notes" not in err
+
+
+def test_a_broken_image_among_others_fails_alone_and_is_listed(up, tmp_path):
+    (tmp_path / "in").mkdir()
+    RGB.save(tmp_path / "in/a.png")
+    (tmp_path / "in/b\x1b[31m.png").write_text("hello")
+    (tmp_path / "in/c.png").write_text("hello")
+    status, out, err = up("in", "out")
+    assert status == 1 and out.startswith("out: 1 of 3 images") and len(err.splitlines()) == 3, err
+    assert "b\\x1b[31m.png: cannot be read" in err and "c.png: cannot be read" in err
+    assert written(tmp_path / "out") == ["a.png"]
+    assert up("in/c.png", "in/b\x1b[31m.png", "other")[0] == 2   # none was done
+
+
+def test_libtiffs_own_complaints_do_not_appear(tmp_path, capfd):
+    RGB.save(tmp_path / "a.tif", compression="tiff_lzw")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[400] ^= 0xff
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(srgan.InputError, match="a.tif"):
+        upscale.decode(tmp_path / "a.tif", tmp_path / "b.png", 4)
+    assert not capfd.readouterr().err
+    with pytest.raises(srgan.InputError):
+        srgan.open_image(tmp_path / "a.tif")
+    assert capfd.readouterr().err                                # there is something to silence
+
+
+def test_the_last_line_says_name_size_precision_and_time(up, tmp_path, monkeypatch):
+    RGB.save(tmp_path / "a.png")
+    status, out, err = up("a.png", "b.png")
+    assert out.startswith("b.png: 120x80 pixels, fp32, ") and out.endswith(" s\n")
+    assert out.count("\n") == 1 and ", x4, on cpu, in fp32" in err
+    assert "%" not in err                                        # no bar: stderr is no terminal
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    assert "/600 [" in up("a.png", "c.png")[2]                   # a bar over pixels
+    assert "2/2" in up("a.png", "b.png", "d/")[2]                # a bar over images
+
+
+def test_what_a_user_can_cause_is_one_line_and_status_2(up, ckpt, script, tmp_path, one_line):
+    RGB.save(tmp_path / "a.png"), RGB.save(tmp_path / "a.jpg")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty").mkdir(), (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
     rgba = RGB.copy()
-    rgba.putalpha(Image.fromarray(photo(20, 30)[:, :, 0]))
+    rgba.putalpha(9)
     rgba.save(tmp_path / "alpha.png")
+    Image.new("L", (5000, 1)).save(tmp_path / "wide.png")
+    png(tmp_path / "bomb.png", b"", 8, 0, size=(50_000, 50_000))
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    state = srgan.load_checkpoint(ckpt)
-    torch.save({**state, "arch": {**state["arch"], "n_blocks": 2}}, tmp_path / "deeper.pth")
-    before = (tmp_path / "a.png").read_bytes()
-    cases = [(("missing.png", "out.png"), "missing.png"), (("text.png", "out.png"), "text.png"), (("cut.png", "out.png"), "cut.png"),
-             (("empty", "out"), "empty"), (("a.png", "empty"), "is a folder"), (("a.png", "folder.png"), "is a folder"),
-             (("a.png", "no/where.png"), "no such folder"), (("a.png", "out.xyz"), "out.xyz"), (("a.png", "out"), "out"),
-             (("a.png", "a.jpg", "text.png"), "is a file"), (("a.png", "a.png"), "never overwritten"),
-             (("a.png", "a.jpg", "both"), "would both become"), (("alpha.png", "out.jpg"), "transparency"),
-             (("a.png", "out.png", "--ckpt", "text.png"), "text.png"), (("a.png", "out.png", "--ckpt", "missing.pth"), "missing.pth"),
-             (("a.png", "out.png", "--ckpt", "other.pth"), "other.pth"), (("a.png", "out.png", "--ckpt", "deeper.pth"), "deeper.pth"),
-             (("a.png", "out.png", "--device", "tpu9"), "tpu9"), (("a.png", "out.png", "--device", "cuda:99"), "cuda:99")]
-    for args, words in cases:
-        status, _, err = script("upscale", *args, *(() if "--ckpt" in args else ("--ckpt", ckpt)))
-        lines = [line for line in err.splitlines() if ", x4, on" not in line]
+    for words, *args in (
+            ("missing.png", "missing.png", "out.png"), ("text.png", "text.png", "out.png"),
+            ("missing.png", "a.png", "missing.png", "out/"), ("cut.png", "cut.png", "out.png"),
+            ("empty", "empty", "out"), ("is a folder", "a.png", "empty"),
+            ("is a folder", "a.png", "folder.png"), ("no such folder", "a.png", "no/where.png"),
+            ("endings", "a.png", "out.xyz"), ("endings", "a.png", "out"),
+            ("ends in /", "a.png", "a.jpg", "text.png"), ("ends in /", "a.png", "a.jpg", "new.png"),
+            ("transparency", "alpha.png", "out.jpg"), ("16,383 pixels", "wide.png", "out.webp"),
+            ("than 179 megapixels", "bomb.png", "out.png"), ("loop.png", "loop.png", "out.png"),
+            ("cannot be written", "a.png", "/proc/none.png"),
+            ("text.png", "a.png", "out.png", "--ckpt", "text.png"),
+            ("missing.pth", "a.png", "out.png", "--ckpt", "missing.pth"),
+            ("other.pth", "a.png", "out.png", "--ckpt", "other.pth"),
+            *(("take auto, cpu", "a.png", "out.png", "--device", device)
+              for device in ("gpu", "mps", "meta", "cuda:99"))):
+        args = args if "--ckpt" in args else (*args, "--ckpt", ckpt)
+        status, _, err = script("upscale", *args, "--precision", "fp32")
         assert status == 2 and words in err, (args, err)
-        one_line("\n".join(lines))
-    assert (tmp_path / "a.png").read_bytes() == before and not (tmp_path / "out.png").exists()
+        one_line(messages(err))
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+    assert ", x4, on" not in up("missing.png", "out.png")[2]     # before a model is loaded
 
 
-def test_options_without_sense_are_refused(script, tmp_path):
+def test_options_without_sense_are_refused(script, ckpt, tmp_path):
     RGB.save(tmp_path / "a.png")
-    for options in (("--blend", "1.5"), ("--outscale", "0"), ("--tile", "-1"), ("--ckpt", "x", "--model", "srgan"), ("--outscale", "nan"), ("--max-megapixels", "nan"), ("--max-megapixels", "0")):
-        assert script("upscale", "a.png", "out.png", *options)[0] == 2
+    for options in (("--blend", "1.5"), ("--outscale", "0"), ("--tile", "-1"), ("--blend", "nan"),
+                    ("--ckpt", "x", "--model", "srgan"), ("--blend", "1", "--model", "srgan"),
+                    ("--outscale", "nan"), ("--max-megapixels", "nan"), ("--max-megapixels", "0"),
+                    ("--ckpt", ""), ("--ckpt=",), ("--device", "")):
+        assert script("upscale", "a.png", "out.png", *options)[0] == 2, options
+    for empty in (("", "out.png"), ("a.png", "")):
+        assert "is empty" in script("upscale", *empty)[2]
+    for limit, expected in (("0.0005", 2), ("0.0006", 0)):
+        options = ("--ckpt", ckpt, "--max-megapixels", limit)
+        assert script("upscale", "a.png", "out.png", *options)[0] == expected
 
 
 def test_models_and_blends_come_from_the_weights_folder(script, tmp_path, monkeypatch):
-    import upscale
     weights = tmp_path / "weights"
     weights.mkdir()
     monkeypatch.setattr(upscale, "WEIGHTS", weights)
@@ -151,64 +317,98 @@ def test_models_and_blends_come_from_the_weights_folder(script, tmp_path, monkey
     torch.nn.init.constant_(ends[1].tail.bias, 2.0)
     RGB.save(tmp_path / "a.png")
     srgan.save_checkpoint(weights / "srresnet.pth", ends[0])
-
-    def mean(*options):
-        status, _, err = script("upscale", "a.png", "out.png", *options)
-        assert status == 0, err
-        return np.asarray(Image.open(tmp_path / "out.png"), float).mean()
-    assert mean() == mean("--model", "srresnet")
     assert script("upscale", "a.png", "out.png", "--model", "srgan")[0] == 2
     srgan.save_checkpoint(weights / "srgan.pth", ends[1])
+
+    def mean(*options):
+        status, _, err = script("upscale", "a.png", "out.png", "--overwrite", *options)
+        assert status == 0, err
+        return np.asarray(Image.open(tmp_path / "out.png"), float).mean()
     assert mean() == mean("--model", "srgan") == mean("--blend", "1")
-    assert mean("--model", "srresnet") == mean("--blend", "0") < mean("--blend", "0.5") < mean("--blend", "1")
+    assert mean("--model", "srresnet") == mean("--blend", "0") < mean("--blend", "0.5") < mean()
+
+
+def test_names_of_every_kind(up, tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ["größe 写真 🙂.png", "two  spaces.jpg", "-dash.png", "x" * 251 + ".png",
+             "a.b.c.jpeg", "not-utf8-\udcff.png", "UPPER.PNG", "%d{}.png"]
+    for name in names:
+        RGB.save(tmp_path / "in" / name)
+    assert up("in", "out")[0] == 0 and written(tmp_path / "out") == sorted(names)
+    assert up("in/not-utf8-\udcff.png", "a\x1b[31m\udcff.png")[1].startswith("a\\x1b[31m")
+
+
+def test_a_result_that_cannot_be_saved_fails_alone(up, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        RGB.save(tmp_path / "in" / f"{name}.png")
+    real, saved = Image.Image.save, []
+
+    def save(*args, **options):
+        saved.append(args)
+        if len(saved) == 2:
+            raise MemoryError
+        real(*args, **options)
+    monkeypatch.setattr(Image.Image, "save", save)
+    status, _, err = up("in", "out")
+    assert status == 1 and err.count("out/b.png: cannot be written (MemoryError)") == 1
+    assert written(tmp_path / "out") == ["a.png", "c.png"]
+
+
+def test_at_most_one_result_waits_to_be_saved(up, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        RGB.save(tmp_path / "in" / f"{i}.png")
+    events, save, compute = [], upscale.save, srgan.upscale
+
+    def slow_save(*args):
+        time.sleep(0.2)
+        events.append("saved")
+        return save(*args)
+    monkeypatch.setattr(upscale, "save", slow_save)
+    monkeypatch.setattr(srgan, "upscale", lambda *args, **options: (
+        events.append("computed"), compute(*args, **options))[1])
+    assert up("in", "out")[0] == 0                               # computed while one is saved
+    assert events == ["computed", "computed", *["saved", "computed"] * 2, "saved", "saved"]
+
+
+def process(*args, **options):
+    return subprocess.Popen([sys.executable, ROOT / "upscale.py", *args], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_what_a_killed_run_left_is_replaced_by_the_next(up, ckpt, tmp_path):
+    RGB.resize((1200, 900)).save(tmp_path / "a.png")
+    killed = process("a.png", "out.png", "--ckpt", ckpt, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".*.png")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert list(tmp_path.glob(".*.png")) and not (tmp_path / "out.png").exists()
+    RGB.save(tmp_path / "a.png")
+    assert up("a.png", "out.png")[0] == 0 and not list(tmp_path.glob(".*.png"))
+
+
+@pytest.mark.parametrize("closed", [">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault(ckpt, tmp_path, closed):
+    RGB.save(tmp_path / "a.png")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, ROOT / "upscale.py", "a.png",
+         "b.png", "--ckpt", ckpt, "--precision", "fp32"], cwd=tmp_path)
+    assert done.returncode == 0 and Image.open(tmp_path / "b.png").size == (120, 80)
 
 
 def test_the_readme_command_works_without_torchvision_or_lpips(tmp_path):
     """In a process of its own, where importing them fails, from the bundled weights."""
-    code = ("import sys; sys.modules.update(torchvision=None, lpips=None, matplotlib=None, scipy=None)\n"
-            f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'upscale.py'\nimport srgan, upscale; srgan.run(upscale.main)")
+    code = ("import sys; sys.modules.update(torchvision=None, lpips=None, matplotlib=None)\n"
+            f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'upscale.py'\n"
+            "import srgan, upscale; srgan.run(upscale.main)")
     sample = sorted((ROOT / "samples").glob("*.png"))[0]
-    done = subprocess.run([sys.executable, "-c", code, sample, tmp_path / "out.png"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, sample, tmp_path / "out.png"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    small, large = Image.open(sample), Image.open(tmp_path / "out.png")
+    small, large = Image.open(sample).convert("RGB"), Image.open(tmp_path / "out.png")
     assert large.size == tuple(4 * n for n in small.size)
     lr = np.asarray(large.resize(small.size, Image.Resampling.BICUBIC).convert("RGB"))
-    assert srgan.psnr(lr, np.asarray(small.convert("RGB")), shave=2) > 30  # what was upscaled is the picture
-
-
-def test_pictures_of_a_folder_are_computed_together_and_saved_meanwhile(script, ckpt, tmp_path, monkeypatch):
-    import upscale
-    (tmp_path / "in").mkdir()
-    sizes = [(20, 30)] * 5 + [(30, 20)] * 2 + [(150, 150)] * 2 + [(20, 30)]
-    for i, size in enumerate(sizes):
-        Image.fromarray(photo(*size, i)).save(tmp_path / "in" / f"{i}.png")
-    shapes, real = [], srgan.upscale
-    monkeypatch.setattr(srgan, "upscale", lambda generator, pictures, **options: (shapes.append(pictures.shape[:3]), real(generator, pictures, **options))[1])
-    monkeypatch.setattr(upscale, "TOGETHER", 3 * 20 * 30)
-    assert script("upscale", "in", "out", "--ckpt", ckpt, "--precision", "fp32")[0] == 0
-    assert shapes == [(3, 20, 30), (2, 20, 30), (2, 30, 20), (1, 150, 150), (1, 150, 150), (1, 20, 30)]
-    generator = srgan.load_generator(ckpt)
-    for i, size in enumerate(sizes):
-        result = np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int)
-        assert np.abs(result - real(generator, photo(*size, i))).max() <= 1
-
-
-def test_a_result_that_cannot_be_saved_fails_alone(script, ckpt, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    for name in ("a", "b", "c"):
-        RGB.save(tmp_path / "in" / f"{name}.png")
-    real = Image.Image.save
-
-    def save(image, path, *args, **options):
-        if len(list((tmp_path / "out").glob("[a-z].png"))) == 1:
-            raise MemoryError
-        real(image, path, *args, **options)
-    monkeypatch.setattr(Image.Image, "save", save)
-    monkeypatch.setattr("upscale.ThreadPoolExecutor", lambda real=__import__("concurrent.futures").futures.ThreadPoolExecutor: real(1))
-    status, _, err = script("upscale", "in", "out", "--ckpt", ckpt)
-    assert status == 1 and err.count("cannot be written (MemoryError)") == 2
-
-
-def test_impossible_densities_are_dropped(script, ckpt, tmp_path):
-    result = upscaled(script, ckpt, tmp_path, RGB, "a.tif", dpi=(4e9, 4e9))
-    assert result.size == (120, 80) and "dpi" not in result.info
+    assert srgan.psnr(lr, np.asarray(small), shave=2) > 30       # what was upscaled is the image
