@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 import warnings
 import zipfile
 from collections import deque, namedtuple
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -298,7 +299,12 @@ def minimize(loss, adam):
 SCALES = (2, 4, 8)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # others of Pillow's run programs
-MAX_SIDE = 100_000                                               # pixels; a row takes memory, too
+MAX_SIDE = 100_000                                               # pixels; rows take memory, too
+EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
+EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # sizes, and what holds offsets
+STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
+MARGIN = 2                                # LR pixels around a patch, which its LR pixels depend on
+SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
 
 class InputError(ValueError):
@@ -306,7 +312,7 @@ class InputError(ValueError):
 
 
 def printable(text):
-    """Text for one line of a terminal: control characters, as in a file's name, are escaped."""
+    """Text for one line of a terminal: control characters, as in file names, are escaped."""
     return str(text).translate({n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))})
 
 
@@ -317,116 +323,98 @@ def say(text):
 
 def one_line(error):
     """An exception's text, short enough to be part of a message."""
-    text = " ".join(str(error).split())[:200]
-    return text or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def find_images(path):
     """Sorted paths of the images in a folder and its subfolders; a file is itself. InputError."""
     path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"{str(path)!r}: no such file or folder")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
-                   and not p.name.startswith(".") and p.is_file())
+    found = [path] if path.is_file() else sorted(
+        p for p in path.rglob("*")
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
     if not found:
-        raise InputError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
+        raise InputError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})"
+                         if path.is_dir() else f"{path}: no such file or folder")
     return found
 
 
 def check_file(path):
     """Raise InputError for what is no file; reading a pipe would block."""
     if not os.path.isfile(path):
-        raise InputError("not a file" if os.path.exists(path) else "no such file")
+        raise InputError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file")
 
 
 def check_header(image):
     """Raise InputError for an open image that would take too much memory or be misread."""
     if max(image.size) > MAX_SIDE:
-        raise InputError(f"{image.width}x{image.height}: sides may have {MAX_SIDE:,} pixels")
+        raise InputError(f"{image.width}x{image.height}: more than {MAX_SIDE:,} pixels to a side")
     if image.format == "TIFF":
-        bits, sample_format, grey = (image.tag_v2.get(tag) for tag in (258, 339, 262))
-        bits = bits if isinstance(bits, tuple) else (bits or 1,)
-        signed = sample_format is not None and {1} != {*np.atleast_1d(sample_format)}
-        if not {*bits} <= {1, 2, 4, 8, 16} or signed or (max(bits) == 16 and grey == 0):
+        tags = image.tag_v2
+        bits, kinds = ({*np.atleast_1d(tags.get(tag, 1))} for tag in (258, 339))
+        if not bits <= {1, 2, 4, 8, 16} or kinds != {1} or 16 in bits and tags.get(262) == 0:
             raise InputError("only unsigned 8-bit and 16-bit TIFF, black at 0, is read; convert it")
-        tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
-        if tile > 4 * image.width * image.height + 2 ** 20:
+        if tags.get(322, 1) * tags.get(323, 1) > 4 * image.width * image.height + 2 ** 20:
             raise InputError("its tiles are far larger than the image")
 
 
-def to_8_bits(image, info, raw):
+def to_8_bits(image, raw):
     """A PIL.Image of any mode that check_header passes -> mode "L", "LA", "RGB" or "RGBA".
 
     raw: Pillow's name of the pixels in the file; its mode of 16-bit grey with alpha is "RGBA".
     """
     if image.mode == "CMYK":
-        profile, info["icc_profile"] = info["icc_profile"], None
-        if isinstance(profile, bytes):
+        with contextlib.suppress(Exception):                     # no profile, or a broken one
             from PIL import ImageCms
-            with contextlib.suppress(ImageCms.PyCMSError):       # a broken profile
-                return ImageCms.profileToProfile(image, io.BytesIO(profile),
-                                                 ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return image.convert("RGB")
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            return ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]),
+                                             ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if image.mode == "F":
         raise InputError("its pixels have no fixed range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
         pixels = np.asarray(image, np.int32)
-        grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        grey = Image.fromarray(np.uint8((pixels + 128) // 257))
         if "transparency" in image.info:
-            opaque = pixels != image.info["transparency"]
-            grey.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+            grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
         return grey
     if raw == "RGB;16B" and "transparency" in image.info:        # pixels have 8 of its 16 bits
         image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
-    grey = image.mode in ("1", "L", "LA", "La") or raw == "LA;16B"
+    grey = image.mode in ("1", "L", "LA") or raw == "LA;16B"
     return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
 
 
-EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
-EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # sizes, and what holds offsets
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}       # by EXIF orientation
-
-
-def read_exif(image):
-    """(orientation, EXIF to keep: date, camera, position; no thumbnail). Broken EXIF is none."""
-    orientation, data = 1, b""
+def info_to_keep(image):
+    """ICC profile, DPI and EXIF (date, camera, position; no thumbnail), where they make sense."""
+    info, profile, dpi = {}, image.info.get("icc_profile"), image.info.get("dpi")
+    if isinstance(profile, bytes) and image.mode != "CMYK":      # CMYK has become sRGB by it
+        info["icc_profile"] = profile
+    if dpi and all(0 < dots < 1e5 for dots in dpi):
+        info["dpi"] = dpi
     with contextlib.suppress(Exception):                         # broken EXIF raises all types
         exif, kept = image.getexif(), Image.Exif()
-        orientation = exif.get(0x0112)
         for tag in EXIF_KEPT & {*exif}:
             kept[tag] = exif[tag] if tag < 0x8769 else {
                 key: value for key, value in exif.get_ifd(tag).items() if key not in EXIF_DROPPED}
-        data = kept.tobytes() if len(kept) else b""
-    return orientation, data if len(data) < 65_000 else b""      # JPEG's limit
+        if len(kept) and len(data := kept.tobytes()) < 65_000:   # JPEG's limit
+            info["exif"] = data
+    return info
 
 
 def open_image(path):
     """Decode an image: a PIL.Image of mode "L", "LA", "RGB" or "RGBA", 8 bits, upright.
 
     EXIF orientation is applied. Palettes become RGB or RGBA, CMYK becomes sRGB by its ICC profile,
-    16 bits become 8; of an animation the first frame counts. `info` keeps "icc_profile", "dpi"
-    and what read_exif says of "exif". Raises InputError for whatever cannot be read.
+    16 bits become 8; of an animation the first frame counts. `info` is what info_to_keep says.
+    Raises InputError for whatever cannot be read.
     """
+    check_file(path)
     try:
-        check_file(path)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
             check_header(source)
             raw = source.tile[0][3] if source.tile else ""
-            source.load()
-            orientation, exif = read_exif(source)                # Pillow turns TIFF itself
-            info = {"icc_profile": source.info.get("icc_profile"), "exif": exif,
-                    "dpi": source.info.get("dpi")}
-            image = to_8_bits(source, info, raw)
-            if orientation in TURNS:
-                image = image.transpose(Image.Transpose[TURNS[orientation]])
-            if not isinstance(info["icc_profile"], bytes):
-                del info["icc_profile"]
-            if not all(0 < dots < 1e5 for dots in info["dpi"] or (0,)):
-                del info["dpi"]
-            image.info = info
+            source.load()                                        # turns TIFF
+            with contextlib.suppress(Exception):                 # broken EXIF
+                ImageOps.exif_transpose(source, in_place=True)
+            image = to_8_bits(source, raw)
+            image.info = info_to_keep(source)
             return image
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -462,7 +450,7 @@ def round_to_8_bits(x):
 
 def bicubic_kernel(hr, scale):
     """Pillow's BICUBIC (a = -0.5, widened by the scale), which rounds after each of two passes."""
-    n, c, h, w = hr.shape
+    h, w = hr.shape[2:]
     lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
     lr = round_to_8_bits(lr)
     return F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
@@ -488,8 +476,9 @@ def downsample(hr, scale=4, kernel="bicubic"):
     kernel: "bicubic" (Sec. 3.2, within one grey level of Pillow's) or "gaussian" (Sec. 2).
     Raises ValueError where H or W is no multiple of scale.
     """
-    if hr.shape[2] % scale or hr.shape[3] % scale:
-        raise ValueError(f"{hr.shape[2]}x{hr.shape[3]} is no multiple of {scale}")
+    h, w = hr.shape[2:]
+    if h % scale or w % scale:
+        raise ValueError(f"{h}x{w} is no multiple of {scale}")
     return round_to_8_bits(KERNELS[kernel](hr, scale))
 
 
@@ -545,9 +534,8 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
 def split(paths, shares=(80, 15, 5), validate_on=0):
     """{"train", "val", "test"}: the paths, divided by percentages.
 
-    The order is that of the names' SHA-256, so the same on every machine; val and test have at
-    least one image where their share is not 0. Of val, all beyond `validate_on` images, where
-    that is not 0, go to train.
+    In the order of the names' SHA-256, so alike on every machine; val and test have at least one
+    image where their share is not 0. Of val, all beyond `validate_on`, if not 0, go to train.
     """
     ranked = sorted(paths, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(),
                                              path.as_posix()))
@@ -558,10 +546,7 @@ def split(paths, shares=(80, 15, 5), validate_on=0):
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
-    """(LR, HR) as uint8 arrays; HR is cut to a multiple of scale. LR is made where none is given.
-
-    Raises InputError where one is unreadable or their sizes do not fit.
-    """
+    """(LR, HR), uint8: HR cut to a multiple of scale, LR made where none is given. InputError."""
     hr = open_rgb(hr_path)
     h, w = (side // scale for side in hr.shape[:2])
     if not h or not w:
@@ -574,9 +559,6 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
         raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of "
                          f"{hr_path.name} (expected {w}x{h})")
     return lr, hr
-
-
-STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 
 
 class Store:
@@ -592,12 +574,11 @@ class Store:
         Path(cache).mkdir(parents=True, exist_ok=True)
         if mode == "never" or mode == "auto" and self.is_too_large(cache):
             return
-        key = hashlib.sha256(b"2")                               # the version of the format
+        key = hashlib.sha256(b"3")                               # the version of the format
         for path in self.paths:
-            stat = os.stat(path)
-            key.update(os.fsencode(os.path.abspath(path)))
-            key.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        file = Path(cache) / f"{key.hexdigest()[:20]}.pixels"
+            stat, name = os.stat(path), os.path.abspath(path)
+            key.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+        file = Path(cache, f"{key.hexdigest()[:20]}.pixels")
         with FileLock(f"{file}.lock"):                           # another process may be making it
             if not self.open(file):
                 self.decode(file)
@@ -614,18 +595,19 @@ class Store:
 
     def open(self, file):
         """Map a complete store; False where there is none."""
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            size = np.load(file.with_suffix(".npy"))             # heights and widths: int64 [n, 2]
+        with contextlib.suppress(OSError, ValueError):
+            mapped = np.memmap(file, np.uint8, "c")              # private: torch wants it writable
+            pixels, size = np.split(mapped, [-16 * len(self.paths)])
+            size = size.view(np.int64).reshape(len(self.paths), 2)  # heights and widths
             area = size.prod(1)
-            if size.shape == (len(self.paths), 2) and file.stat().st_size == 3 * area.sum() > 0:
-                self.size, self.start = size, np.cumsum(area) - area
-                mapped = np.memmap(file, np.uint8, "c")          # private: torch wants it writable
-                self.pixels = torch.from_numpy(mapped).view(-1, 3)
+            if area.sum() == len(pixels) / 3:
+                self.size, self.start = np.array(size), np.cumsum(area) - area
+                self.pixels = torch.from_numpy(pixels).view(-1, 3)
                 return True
         return False
 
     def decode(self, file):
-        """Write the pixels of all images to `file`, one after the other, and their sizes."""
+        """Write to `file` the pixels of all images, one after the other, and then their sizes."""
         def pixels(path):
             with contextlib.suppress(InputError):
                 return open_rgb(path)
@@ -641,13 +623,10 @@ class Store:
                         output.write(image)
                         sizes.append(image.shape[:2])
                         bar.update()
-            with replacing(file.with_suffix(".npy")) as temporary, open(temporary, "wb") as output:
-                np.save(output, np.array(sizes, np.int64))
+                output.write(np.array(sizes, np.int64))
         except OSError as error:
             raise InputError(f"{file.parent}: cannot hold the decoded pixels ({one_line(error)}); "
                              "name another folder with --cache, or use --set store=never") from None
-        if not any(map(any, sizes)):
-            raise InputError(f"{self.paths[0]} and all other images are unreadable")
 
     def __getitem__(self, i):
         """Raises InputError where the image has to be decoded and cannot be."""
@@ -662,10 +641,6 @@ def count_pixels(path):
     with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
         return image.width * image.height
     return 0
-
-
-MARGIN = 2                                # LR pixels around a patch, which its LR pixels depend on
-SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see Patches.cut
 
 
 class Patches:
@@ -684,22 +659,24 @@ class Patches:
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
         self.threads = threads or os.cpu_count()
+        self.window = None
         self.resize(patch_size)
         for store in (hr, lr):
-            if self.device.type == "cuda" and store is not None and store.pixels is not None \
-                    and store.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
+            if self.device.type == "cuda" and store and store.pixels is not None and \
+                    store.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
                 store.pixels = store.pixels.to(self.device)
 
     def resize(self, patch_size):
         """Go on with patches of this size."""
-        self.window = patch_size + 2 * MARGIN * self.scale       # LR is made from a crop so large
+        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # LR's crop of HR
+        if self.window == window:
+            return
         usable = np.ones(len(self.hr.paths), bool)
         if self.hr.size is not None:
             usable = (self.hr.size >= self.window).all(1)
         if left_out := [str(path) for path, good in zip(self.hr.paths, usable) if not good]:
             say(f"left out {len(left_out)} of {len(usable)} images, unreadable or smaller than "
-                f"{self.window}x{self.window}: {', '.join(left_out[:3])}"
-                f"{' ...' * (len(left_out) > 3)}")
+                f"{self.window}x{self.window}, such as {', '.join(left_out[:3])}")
         if not usable.any():
             raise InputError(f"no image is {self.window}x{self.window} or larger, a patch of "
                              f"{patch_size} with its margin; give larger images or set patch_size")
@@ -721,12 +698,12 @@ class Patches:
             raise InputError(f"{self.hr.paths[image]}: smaller than {self.window}x{self.window}")
         margin = np.minimum((self.crop_margin * size / scale).astype(np.int64), free // 2)
         corner = margin + (place * (free - 2 * margin + 1)).astype(np.int64)
-        windows = [flip(crop(hr, corner * scale, self.window), symmetry)]
+        windows = [cut_square(hr, corner * scale, self.window, symmetry)]
         if self.lr is not None:
             lr = self.lr[image]
             if lr.shape[:2] != (*size // scale,):
                 raise InputError(f"{self.lr.paths[image]}: not 1/{scale} of its HR image's size")
-            windows.append(flip(crop(lr, corner, self.window // scale), symmetry))
+            windows.append(cut_square(lr, corner, self.window // scale, symmetry))
         return windows
 
     def windows(self, step, n):
@@ -762,7 +739,7 @@ class Patches:
         for hr, *lr in self.stream(n, first, last) if self.hr.pixels is None else stored:
             hr = self.upload(hr)                                 # [n, 3, window, window]
             lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
-            lr, hr = crop_border(lr, MARGIN), crop_border(hr, MARGIN * self.scale) * 2 - 1
+            lr, hr = F.pad(lr, [-MARGIN] * 4), F.pad(hr, [-MARGIN * self.scale] * 4) * 2 - 1
             yield tuple(x.contiguous(memory_format=torch.channels_last) for x in (lr, hr))
 
     def upload(self, windows):
@@ -772,18 +749,9 @@ class Patches:
         return to_tensor(windows.to(self.device, non_blocking=True))
 
 
-def crop(image, corner, side):
-    """[h, w, 3] -> [side, side, 3], from the corner (top, left) on."""
-    return image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
-
-
-def crop_border(x, n):
-    """[N, C, H, W] -> [N, C, H - 2n, W - 2n]"""
-    return x[:, :, n:-n, n:-n]
-
-
-def flip(patch, symmetry):
-    """One of the eight symmetries of a square [s, s, 3]; bits: mirror, upside down, transpose."""
+def cut_square(image, corner, side, symmetry):
+    """[h, w, 3] -> [side, side, 3]; the symmetry's bits: mirror, upside down, transpose."""
+    patch = image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
     patch = patch.flip(1) if symmetry & 1 else patch
     patch = patch.flip(0) if symmetry & 2 else patch
     return patch.transpose(0, 1) if symmetry & 4 else patch
@@ -794,29 +762,29 @@ def flip(patch, symmetry):
 #    each border" images. On 8-bit values, in float64.
 # ==================================================================================================
 
-def planes(image, shave, luma):
-    """Images as psnr takes them -> float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(image)).movedim(-1, -3)
-    elif image.is_floating_point():
-        image = to_pixels(image).movedim(-1, -3)                 # what a file would hold
-    if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
-        raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
-                         f"{image.dtype} {tuple(image.shape)}")
-    h, w = image.shape[-2:]
-    if min(h, w) <= 2 * shave:
-        raise InputError(f"nothing is left of {h}x{w} without {shave} pixels from each border")
-    x = image[..., shave:h - shave, shave:w - shave].double()
-    if luma:                                                     # Y of BT.601, in [16, 235]
-        r, g, b = x.split(1, dim=-3)
-        x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
-    return x
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
-def plane_pair(sr, hr, shave, luma):
+def planes(sr, hr, shave, luma):
+    """psnr's arguments -> twice float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
     if sr.shape != hr.shape:
         raise ValueError(f"images of two sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
-    return planes(sr, shave, luma), planes(hr, shave, luma)
+    for image in (sr, hr):
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(np.array(image)).movedim(-1, -3)
+        elif image.is_floating_point():
+            image = to_pixels(image).movedim(-1, -3)             # what a file would hold
+        if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
+            raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
+                             f"{image.dtype} {tuple(image.shape)}")
+        h, w = image.shape[-2:]
+        if min(h, w) <= 2 * shave:
+            raise InputError(f"nothing is left of {h}x{w} without {shave} pixels from each border")
+        x = image[..., shave:h - shave, shave:w - shave].double()
+        if luma:                                                 # Y of BT.601, in [16, 235]
+            r, g, b = x.split(1, dim=-3)
+            x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
+        yield x
 
 
 def psnr(sr, hr, shave=4, luma=True):
@@ -826,7 +794,7 @@ def psnr(sr, hr, shave=4, luma=True):
     (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
     luma: on Y of BT.601 instead of RGB. Raises ValueError for sizes that differ or vanish.
     """
-    x, y = plane_pair(sr, hr, shave, luma)
+    x, y = planes(sr, hr, shave, luma)
     value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
     return value.item() if isinstance(sr, np.ndarray) else value
 
@@ -836,7 +804,7 @@ def ssim(sr, hr, shave=4, luma=True):
 
     11x11 Gaussian window of sigma 1.5, where it lies inside the image; K1 0.01, K2 0.03, L 255.
     """
-    x, y = plane_pair(sr, hr, shave, luma)
+    x, y = planes(sr, hr, shave, luma)
     if min(x.shape[-2:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the shaved border")
     taps = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
@@ -854,9 +822,6 @@ def ssim(sr, hr, shave=4, luma=True):
         / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
     value = value.view(*x.shape[:-2], -1).mean((-2, -1))
     return value.item() if isinstance(sr, np.ndarray) else value
-
-
-ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 @functools.cache
@@ -911,12 +876,11 @@ def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
 
 def aggregate(scores):
     """A list of measure's results -> {metric: {"mean", "std"} or None where it is missing}."""
-    def summary(values):
-        if None in values:
-            return None
-        std = np.std(values) if np.isfinite(values).all() else math.nan
-        return {"mean": float(np.mean(values)), "std": float(std)}
-    return {name: summary([score[name] for score in scores]) for name in METRICS}
+    columns = {name: [score[name] for score in scores] for name in METRICS}
+    with np.errstate(invalid="ignore"):                          # inf has no deviation
+        return {name: None if None in values else
+                {"mean": float(np.mean(values)), "std": float(np.std(values))}
+                for name, values in columns.items()}
 
 
 def describe(metrics):
@@ -927,19 +891,17 @@ def describe(metrics):
 
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below -> PIL.Image."""
-    h, w = images[0].shape[:2]
-    lines = max(label.count("\n") for label in labels) + 1
-
-    def fits(size):
+    (h, w, _), lines = images[0].shape, "\n".join(labels).split("\n")
+    for size in range(24, 7, -1):                                # until the longest line fits
         font = ImageFont.load_default(size)
-        return all(font.getlength(line) <= w for label in labels for line in label.split("\n"))
-    size = next((size for size in range(24, 8, -1) if fits(size)), 8)
-    sheet = Image.new("RGB", (len(images) * (w + 4) - 4, h + (lines + 1) * size * 4 // 3), "white")
-    draw = ImageDraw.Draw(sheet)
+        if max(map(font.getlength, lines)) <= w:
+            break
+    height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
+    sheet = Image.new("RGB", (len(images) * (w + 4) - 4, height), "white")
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
-        draw.text((i * (w + 4) + w / 2, (h + sheet.height) / 2), label, fill="black",
-                  font=ImageFont.load_default(size), anchor="mm", align="center")
+        ImageDraw.Draw(sheet).text((i * (w + 4) + w / 2, (h + height) / 2), label, fill="black",
+                                   font=font, anchor="mm", align="center")
     return sheet
 
 
@@ -972,17 +934,16 @@ def split_rectangle(top, bottom, left, right, side):
     return [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
 
 
-def enlarge_in_parts(generator, x, progress=lambda part: None):
-    """Feature maps of Fig. 4's long skip -> SR, as enlarge gives it, by parts of PART x PART.
-
-    progress is called with the part of the whole that is done."""
-    (n, _, h, w), scale, radius = x.shape, generator.arch["scale"], radii(generator)[1]
-    sr = torch.empty(n, 3, h * scale, w * scale, device=x.device)
+def super_resolve(generator, lr, progress):
+    """G(LR), enlarged by parts of PART x PART; progress is called with each one's share."""
+    x = features(generator, lr)
+    (n, _, h, w), s, radius = x.shape, generator.arch["scale"], radii(generator)[1]
+    sr = torch.empty(n, 3, h * s, w * s, device=x.device)
     for t, b, l, r in split_rectangle(0, h, 0, w, PART):
         t0, l0 = max(t - radius, 0), max(l - radius, 0)
         part = enlarge(generator, x[:, :, t0:b + radius, l0:r + radius])
-        sr[:, :, t * scale:b * scale, l * scale:r * scale] = part[
-            :, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
+        sr[:, :, t * s:b * s, l * s:r * s] = \
+            part[:, :, (t - t0) * s:(b - t0) * s, (l - l0) * s:(r - l0) * s]
         progress((b - t) * (r - l) / (h * w))
     return sr
 
@@ -1007,8 +968,8 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     out, tiles are halved, down to 16. ensemble: the mean over the eight flips and rotations.
     precision: "fp32" or "bf16". Raises TypeError for anything but uint8 [h, w, 3].
     """
-    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
-            and image.ndim == 3 and image.shape[2] == 3):
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
+            and image.shape[2:] == (3,) and image.size):
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
     (h, w, _), scale, radius = image.shape, generator.arch["scale"], radii(generator)[0]
     device = next(generator.parameters()).device
@@ -1016,16 +977,16 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     result = np.empty((h * scale, w * scale, 3), np.uint8)
 
     def compute(t, b, l, r):
-        def super_resolve(lr):
-            return enlarge_in_parts(generator, features(generator, lr), progress=lambda part:
-                                    bar.update(part * (b - t) * (r - l) / (8 if ensemble else 1)))
-
+        pixels = (b - t) * (r - l) / (8 if ensemble else 1)
+        function = functools.partial(super_resolve, generator,
+                                     progress=lambda share: bar.update(share * pixels))
         t0, l0 = max(t - radius, 0), max(l - radius, 0)
         lr = to_tensor(image[t0:b + radius, l0:r + radius].copy())[None]  # [1, 3, h, w]
         lr = lr.to(device, memory_format=torch.channels_last)
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "fp32")
-        with autocast(device, precision), exact:
-            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
+        bf16 = precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), \
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=bf16):
+            sr = self_ensemble(function, lr) if ensemble else function(lr)
         sr = sr[0, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
         result[t * scale:b * scale, l * scale:r * scale] = to_pixels(sr).cpu().numpy()
 
@@ -1054,6 +1015,10 @@ def is_out_of_memory(error):
 # 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator", the weights (their
 #    moving average, which is the result), "arch", its arguments, and what train.py adds.
 # ==================================================================================================
+
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def float_state(network):
     """Parameters and batch-norm statistics, as a list of tensors."""
@@ -1085,33 +1050,22 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
 def write_json(path, document):
     """Write JSON atomically; what JSON cannot say (inf, NaN) becomes null."""
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    write_text(path, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+    document = json.loads(json.dumps(document), parse_constant=lambda name: None)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def save_checkpoint(path, generator, **more):
     """Write the weights and arguments of `generator`, and whatever else is given, atomically."""
-    state = {"generator": generator.state_dict(), "arch": generator.arch, **more}
-    with replacing(path) as temporary:
-        try:
-            torch.save(state, temporary)
-            with open(temporary, "r+b") as file:                 # Windows wants it writable
-                os.fsync(file.fileno())                          # before it gets its name
-        except (RuntimeError, OSError) as error:                 # a full disk is both
-            raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, file)
+            file.flush()
+            os.fsync(file.fileno())                              # before it gets its name
+    except (RuntimeError, OSError) as error:                     # a full disk is both
+        raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def copy_zip(file):
@@ -1119,7 +1073,7 @@ def copy_zip(file):
     copied = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as new:
         entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or \
+        if any(entry.compress_type for entry in entries) or \
                 sum(entry.file_size for entry in entries) > file.getbuffer().nbytes:
             raise ValueError("compressed, or entries that overlap")
         for entry in entries:
@@ -1131,8 +1085,8 @@ def copy_zip(file):
 def load_checkpoint(path, device="cpu"):
     """A dictionary that torch.save wrote. Nothing in it is executed, and it takes no more memory
     than twice its file. Raises InputError where it is anything else."""
+    check_file(path)
     try:
-        check_file(path)
         source = io.BytesIO(Path(path).read_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                      # unusual files load or do not
@@ -1141,14 +1095,12 @@ def load_checkpoint(path, device="cpu"):
             if b"bytearray" in source.getvalue():                # torch would make one of any size
                 raise ValueError
             state = torch.load(source, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise InputError(f"no checkpoint but a {type(state).__name__}")
-        return state
-    except InputError as error:
-        raise InputError(f"{str(path)!r}: {error}") from None
     except Exception as error:                                   # torch.load raises many types
         raise InputError(f"{path}: no checkpoint of plain tensors "
                          f"({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: no checkpoint but a {type(state).__name__}")
+    return state
 
 
 def check_like(saved, fresh, name):
@@ -1191,7 +1143,7 @@ def load_generator(path, device="cpu"):
                    "arch")
         if arch["scale"] not in SCALES or arch["block"] not in GENERATORS or \
                 not (0 <= arch["n_blocks"] <= len(weights) and 3 <= arch["channels"] <= 2 ** 16):
-            raise InputError(f"no generator can be {arch}")
+            raise InputError(f"no generator can be {one_line(arch)}")
         with torch.device("meta"):                               # takes no memory
             check_like(weights, make_generator(**arch).state_dict(), "generator")
     except InputError as error:
@@ -1201,16 +1153,12 @@ def load_generator(path, device="cpu"):
     return generator.to(device, memory_format=torch.channels_last).eval()
 
 
-VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-
-
 def load_features(network, weights, url):
     """Give a content network its weights, see TruncatedVGG19. Returns it. Raises InputError."""
     if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for p in network.parameters():
-                nn.init.kaiming_normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
+        rng = torch.Generator().manual_seed(0)
+        for p in network.parameters():
+            nn.init.kaiming_normal_(p, generator=rng) if p.dim() > 1 else nn.init.zeros_(p)
         return network
     if weights == "imagenet":
         try:
@@ -1224,15 +1172,13 @@ def load_features(network, weights, url):
         state = load_checkpoint(weights)
     state = {str(key).removeprefix("features."): value for key, value in state.items()}
     needed = network.state_dict()
+    found = {key: state.get(key) for key in needed}
     try:
-        check_like({key: state.get(key) for key in needed}, needed, "features")
+        check_like(found, needed, "features")
     except InputError as error:
         raise InputError(f"{weights}: no weights of this network ({error})") from None
-    network.load_state_dict({key: state[key] for key in needed})
+    network.load_state_dict(found)
     return network
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run(main):
@@ -1323,6 +1269,19 @@ def start_as_nearest(generator):
     generator.tail.bias.fill_(-1.25)                             # nearly to [-1, 1]
 
 
+@torch.no_grad()
+def even_out_subpixels(generator):
+    """After a step of G: the four filters that one feature map's sub-pixels come from get the same
+    sum and bias, so that plain areas can have no grid. The condition is that of Sugawara et al.
+    2018, arXiv:1806.02658; a young D has no other way to forbid it.
+    """
+    for conv in generator.upsample[::3]:
+        total = conv.weight.sum((2, 3)).unflatten(0, (-1, 4))                   # [64, 4, 64]
+        excess = (total - total.mean(1, keepdim=True)).flatten(0, 1)            # [256, 64]
+        conv.weight -= excess[:, :, None, None] / conv.weight[0, 0].numel()
+        conv.bias.copy_(conv.bias.view(-1, 4).mean(1).repeat_interleave(4))
+
+
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
 INITS = {"nearest": start_as_nearest, "torch": lambda generator: None}
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
@@ -1343,29 +1302,12 @@ class TruncatedSqueezeNet(ContentNetwork):
 
 
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
-
-
-def l1_loss(sr, hr):
-    """Mean |HR - SR|, in place of Eq. 4."""
-    return F.l1_loss(sr, hr)
-
-
-PIXEL_LOSSES = {"mse": mse_loss, "l1": l1_loss}
+PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the setting <name>_weight
     "pixel": lambda sr, hr, use: PIXEL_LOSSES[use.pixel_loss](sr, hr),
     "content": lambda sr, hr, use: content_loss(use.phi, sr, hr),
     "tv": lambda sr, hr, use: total_variation(sr),
 }
-
-
-def wasserstein_adversarial_loss(D, sr, hr=None):
-    """Gulrajani et al. 2017, arXiv:1704.00028: G raises the critic's score of SR."""
-    return -D(sr).mean()
-
-
-def wasserstein_discriminator_loss(fake, real):
-    """Gulrajani et al. 2017, Eq. 3 without its penalty: D parts the scores of HR and SR."""
-    return fake.mean() - real.mean()
 
 
 def relativistic_adversarial_loss(D, sr, hr):
@@ -1376,18 +1318,6 @@ def relativistic_adversarial_loss(D, sr, hr):
     return discriminator_loss(real - fake.mean(), fake - real.mean())
 
 
-def relativistic_discriminator_loss(fake, real):
-    """Wang et al. 2018, Eq. 1: the reverse of relativistic_adversarial_loss."""
-    return discriminator_loss(fake - real.mean(), real - fake.mean())
-
-
-ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) and D(HR))
-    "bce": (adversarial_loss, discriminator_loss),
-    "wasserstein": (wasserstein_adversarial_loss, wasserstein_discriminator_loss),
-    "relativistic": (relativistic_adversarial_loss, relativistic_discriminator_loss),
-}
-
-
 def input_gradient(D, x):
     """The gradient of each image's score: [N, 3, H, W] -> [N, 3 H W]."""
     x = x.detach().requires_grad_()
@@ -1396,7 +1326,8 @@ def input_gradient(D, x):
 
 
 def gradient_penalty(D, sr, hr):
-    """Gulrajani et al. 2017, Eq. 3: mean of (|grad D(x)| - 1)^2 at random x between SR and HR."""
+    """Gulrajani et al. 2017, arXiv:1704.00028, Eq. 3: mean of (|grad D(x)| - 1)^2 at random x
+    between SR and HR."""
     mix = torch.rand(len(hr), 1, 1, 1, dtype=hr.dtype, device=hr.device)
     return (input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1) - 1).square().mean()
 
@@ -1406,6 +1337,13 @@ def r1_penalty(D, sr, hr):
     return input_gradient(D, hr).square().sum(1).mean() / 2
 
 
+ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) and D(HR))
+    "bce": (adversarial_loss, discriminator_loss),
+    "wasserstein": (lambda D, sr, hr: -D(sr).mean(),             # Gulrajani et al. 2017, Eq. 3
+                    lambda fake, real: fake.mean() - real.mean()),
+    "relativistic": (relativistic_adversarial_loss,              # Wang et al. 2018, Eq. 1
+                     lambda fake, real: discriminator_loss(fake - real.mean(), real - fake.mean())),
+}
 PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
 
 
@@ -1446,7 +1384,7 @@ class Fast(nn.Module):
             network.features.bfloat16()                          # as autocast would, each time
 
     def forward(self, x):
-        with autocast(x.device, self.precision):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(self.network, Generator):
                 return enlarge(self.network, features(self.network, x))
             return self.network(x).float()
@@ -1478,13 +1416,11 @@ def conv_of_shuffled(x, conv, r=2):
     """
     k, p = conv.kernel_size[0], conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
-    side, weights = r * (2 * reach + 1), []                      # 9x9 moves within 10x10
-    for i in range(r):
-        for j in range(r):
-            top, left = r * reach - p + i, r * reach - p + j
-            moved = F.pad(conv.weight, (left, side - k - left, top, side - k - top))
-            weights.append(F.pixel_unshuffle(moved, r))          # [3, 256, 5, 5]
-    weight = torch.stack(weights, 1).flatten(0, 1)               # [12, 256, 5, 5]
+    side = r * (2 * reach + 1)                                   # 9x9 moves within 10x10
+    places = range(r * reach - p, r * reach - p + r)
+    moved = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
+             for top in places for left in places]               # [3, 64, 10, 10] each
+    weight = F.pixel_unshuffle(torch.stack(moved, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = conv.bias.repeat_interleave(r * r)
     return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
@@ -1533,57 +1469,36 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()                     # "meta" has no numbers
+        torch.zeros(1, device=name).item()                       # "meta" has no numbers
+        return torch.device(name)
     except Exception:                                            # torch raises several types
-        here = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())),
-                *["mps"] * torch.backends.mps.is_available()]
-        raise InputError(f"device {name!r} cannot be used here; take "
-                         f"{', '.join(['auto', 'cpu', *here])}") from None
-    return device
+        raise InputError(f"device {name!r} cannot be used here; take auto or cpu, or on a machine "
+                         "that has it, cuda, cuda:1 or mps") from None
 
 
 @functools.cache
-def faster_precision(device):
-    """The precision in which this device computes G's convolutions faster, by a measurement."""
+def pick_precision(device, name="auto"):
+    """"fp32" or "bf16" as named; for "auto", in which this device is faster, by a measurement."""
+    if name != "auto":
+        return name
+
     def seconds(dtype):
-        x = torch.zeros(4, 64, 64, 64, device=device, dtype=dtype)
-        conv = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype)
-        x, conv = (thing.to(memory_format=torch.channels_last) for thing in (x, conv))
-        times = []
-        with torch.inference_mode():
-            for _ in range(8):
-                began = time.perf_counter()
-                conv(x)[0, 0, 0, 0].item()                       # waits for the device
-                times.append(time.perf_counter() - began)
-        return min(times)
+        x, conv = (thing.to(device, dtype, memory_format=torch.channels_last)
+                   for thing in (torch.zeros(4, 64, 64, 64), nn.Conv2d(64, 64, 3, padding=1)))
+        with torch.inference_mode():                             # item() waits for the device
+            return min(timeit.repeat(lambda: conv(x)[0, 0, 0, 0].item(), number=1, repeat=8,
+                                     timer=time.perf_counter))
     try:
         return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
     except RuntimeError:                                         # no bf16
         return "fp32"
 
 
-def pick_precision(device, name="auto"):
-    """"fp32" or "bf16" as named, or for "auto" the one that is faster on this device."""
-    return faster_precision(device) if name == "auto" else name
-
-
-def autocast(device, precision):
-    """The context networks run in: bf16 convolutions; weights and results stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def allow_tf32(allow):
-    """Whether CUDA may round float32 factors to TF32, for the whole process."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow
-
-
 class Graphed:
     """A function of tensors, {name: tensor} its result, replayed as one CUDA graph: one launch.
 
-    The first calls run as they are, which capturing needs; then the graph is replayed on copies
-    of the inputs. New shapes are captured anew. Whatever else the function reads or writes has to
-    stay where it is in memory.
+    The first calls run as they are, which capturing needs; then the graph is replayed on copies of
+    the inputs. New shapes are captured anew. What else the function uses has to stay in its place.
     """
     warmup = 3
 

@@ -4,13 +4,11 @@ r"""Train SRResNet (stage 1), then SRGAN (stage 2).
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage gan
 
 Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM finishes the update, saves and
-exits; --resume goes on from there, on the CPU bit for bit. All settings, and how to change one:
+exits; --resume goes on from there, on the CPU bit for bit. All settings, and how to change one;
+four GPUs; two machines with eight each and one run folder (--batch-size counts for each GPU):
 
     python train.py --list-settings
     python train.py --data photos --stage gan --preset srgan-vgg22 --set gan.lr=5e-5
-
-Four GPUs; two machines with eight each and one run folder (--batch-size counts for each GPU):
-
     torchrun --nproc-per-node 4 train.py --data ...
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
         train.py --data ...
@@ -22,27 +20,23 @@ import contextlib
 import copy
 import csv
 import ctypes
-import difflib
 import functools
-import importlib.util
 import json
 import math
 import os
 import reprlib
 import signal
-import sys
 import time
 from datetime import timedelta
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":                                       # Ctrl-C while torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import srgan
@@ -50,9 +44,8 @@ from srgan import InputError
 
 ROOT = Path(__file__).parent
 LOSSES = ("loss", *srgan.CONTENT_LOSSES, "adversarial", "discriminator", "d_real", "d_fake")
-COLUMNS = ("epoch", "update", "lr", *LOSSES,
-           *(name + end for name in srgan.METRICS for end in ("", "_std")),
-           "updates_per_s", "memory_mb")
+SCORES = (name + end for name in srgan.METRICS for end in ("", "_std"))
+COLUMNS = ("epoch", "update", "lr", *LOSSES, *SCORES, "updates_per_s", "memory_mb")
 
 
 # Settings: defaults and presets are in config.json, allowed values and meanings here.
@@ -65,15 +58,15 @@ def one_of(*choices):
     return lambda value: value in choices, ", ".join(map(str, choices))
 
 
+def ints(values, low=1, high=1e9):
+    return all(type(n) is int and low <= n <= high for n in values)
+
+
 def ascending(values):
-    return all(type(n) is int and n > 0 for n in values) and values == sorted({*values})
+    return ints(values) and values == sorted({*values})
 
 
-def is_layer(value):
-    name, _, layer = value.partition(":")
-    return name in srgan.CONTENT_NETWORKS and layer in srgan.CONTENT_NETWORKS[name].layers
-
-
+PHI = {f"{name}:{i}" for name, network in srgan.CONTENT_NETWORKS.items() for i in network.layers}
 WEIGHT, YES_NO = between(0, 1e6), one_of(True, False)
 SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowed values), meaning)
     "scale": (one_of(*srgan.SCALES), "how many times larger SR is than LR"),
@@ -82,12 +75,12 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "block": (one_of(*srgan.GENERATORS), "kind of residual block"),
     "tanh": (YES_NO, "Tanh after the generator's last convolution"),
     "init": (one_of(*srgan.INITS), "how the generator starts: as nearest neighbour, or at random"),
-    "discriminator.channels": ((lambda v: 0 < len(v) <= 16 and all(
-        type(n) is int and 0 < n <= 4096 for n in v), "1 to 16 numbers"), "its feature maps"),
+    "discriminator.channels": ((lambda v: 0 < len(v) < 17 and ints(v, 1, 4096), "1 to 16 numbers"),
+                               "feature maps of its convolutions"),
     "first_kernel": (one_of(1, 3, 5, 7, 9, 11), "the discriminator's first kernel"),
     "norm": (one_of(*srgan.NORMS), "the discriminator's normalisation"),
     "pool": (between(0, 64), "pool to so many positions, so that all patch sizes fit; 0: do not"),
-    "content_network": ((is_layer, "vgg19:1_1 to 5_4, squeezenet1_1:0 to 12"), "phi of Eq. 5"),
+    "content_network": ((lambda v: v in PHI, "vgg19:1_1 to 5_4, squeezenet1_1:0 to 12"), "Eq. 5"),
     "content_weights": ((len, "imagenet, random or a file"), "where phi's weights come from"),
     "content_divisor": (between(1e-6, 1e6), "divides phi's feature maps (Sec. 3.2)"),
     "patch_size": (between(32, 4096), "side of the HR patches, a multiple of scale"),
@@ -96,9 +89,8 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "augment": (one_of(*srgan.SYMMETRIES), "mirror images, or all flips and rotations"),
     "crop_margin": (between(0, 0.49), "part of each side that patches keep from the border"),
     "store": (one_of("auto", "always", "never"), "decoded images on disk, or decoded each time"),
-    "split": ((lambda v: len(v) == 3 and all(type(n) is int and n >= 0 for n in v)
-               and sum(v) == 100 and v[0] * v[1] > 0, "three percentages"),
-              "training, validation and test, where there is no --val"),
+    "split": ((lambda v: len(v) == 3 and ints(v, 0) and sum(v) == 100 and v[0] * v[1] > 0,
+               "three percentages"), "training, validation and test, where there is no --val"),
     "validate_on": (between(0, 1e9), "at most so many of them to validate on; 0: all"),
     "steps_per_epoch": (between(1, 1e9), "updates per epoch"),
     "epochs": (between(1, 1e9), "length of the stage"),
@@ -109,9 +101,8 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "schedule": (one_of("constant", "step", "cosine"), "of the learning rate"),
     "milestones": ((ascending, "epochs"), "step: a tenth of the rate after each"),
     "warmup": (between(0, 1e9), "updates in which the rate rises from 0"),
-    "grow": ((lambda v: all(type(g) is list and len(g) == 2 and type(g[1]) is int and
-                            32 <= g[1] <= 4096 for g in v) and ascending([g[0] for g in v]),
-              "[[first epoch, patch size], ...]"), "larger patches later"),
+    "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g[1:], 32, 4096) for g in v)
+              and ascending([g[0] for g in v]), "[[epoch, size], ...]"), "larger patches later"),
     "pixel_loss": (one_of(*srgan.PIXEL_LOSSES), "Eq. 4, or L1 in its place"),
     **{f"{name}_weight": (WEIGHT, f"of the {name} loss") for name in srgan.CONTENT_LOSSES},
     "adversarial_loss": (one_of(*srgan.ADVERSARIAL_LOSSES), "Eq. 2 and 6 (bce), or another game"),
@@ -119,6 +110,7 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     **{name: (WEIGHT, "its weight in D's loss") for name in srgan.PENALTIES},
     "discriminator_steps": (between(1, 100), "steps of D to one of G"),
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
+    "even_subpixels": (YES_NO, "keep G from a grid: srgan.even_out_subpixels"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs"),
     "checkpoint_every": (between(0, 1e9), "epochs from one checkpoint_epoch_XXXX.pth to the next"),
@@ -135,14 +127,14 @@ def change(config, changes, prefix=""):
     if not isinstance(changes, dict):
         raise InputError(f"{prefix.rstrip('.') or 'the configuration'}: a group of settings")
     for key, value in changes.items():
-        name, known = prefix + str(key)[:80], [*settings(config, prefix)]
+        name = prefix + str(key)[:80]
         if key in RETIRED:
             srgan.say(f"{name} is no longer a setting; ignored")
         elif key not in config:
-            near = [n for n in known if n.split(".")[-1] == key] or difflib.get_close_matches(
-                name, known, 1)
-            raise InputError(f"unknown setting {name}" + f"; did you mean {' or '.join(near)}?" *
-                             bool(near))
+            known = [*settings(config, prefix)]
+            near = [n for n in known if n.split(".")[-1] == key]
+            near = " or ".join(near or get_close_matches(name, known, 1))
+            raise InputError(f"unknown setting {name}" + f"; did you mean {near}?" * bool(near))
         elif isinstance(config[key], dict):
             change(config[key], value, name + ".")
         else:
@@ -158,113 +150,97 @@ def settings(config, prefix=""):
     """{full name: value} of a configuration."""
     flat = {}
     for key, value in config.items():
-        flat |= settings(value, f"{prefix}{key}.") if isinstance(value, dict) \
-            else {prefix + key: value}
+        name = prefix + key
+        flat |= settings(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
 def read_json(path):
     """The content of a JSON file. Raises InputError."""
     try:
-        srgan.check_file(path)
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: no JSON file ({srgan.one_line(error)})") from None
 
 
 def resolve_config(args, saved=None):
-    """The base of config.json, or a resumed run's settings; then preset, --config, --set, flags."""
+    """The base of config.json, or a resumed run's settings; then preset, --config and --set."""
     file = read_json(ROOT / "config.json")
-    config = copy.deepcopy(file["base"])
+    config, stage = file["base"], args.stage
     change(config, saved or {})
-    if args.preset:
-        if args.preset not in file["presets"]:
-            raise InputError(f"no preset {args.preset!r}; there are {', '.join(file['presets'])}")
-        preset = dict(file["presets"][args.preset])
-        preset.pop("about")
-        change(config, preset)
+    file["presets"][args.preset].pop("about")
+    change(config, file["presets"][args.preset])
     if args.config:
         change(config, read_json(args.config))
     for item in args.set:
         name, equals, text = item.partition("=")
         if not equals:
-            raise InputError(f"--set {item}: write key=value")
+            raise InputError(f"--set {item[:80]}: write key=value")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = text                                         # a word needs no quotes
-        for part in reversed(name.split(".")):
+        for part in reversed(name.replace("STAGE", stage).split(".")):
             value = {part: value}
         change(config, value)
-    for key in ("steps_per_epoch", "batch_size", "content_weights", "precision", "seed"):
-        change(config, {key: getattr(args, key)} if getattr(args, key) is not None else {})
-    for key in ("epochs", "lr"):
-        if getattr(args, key) is not None:
-            change(config, {args.stage: {key: getattr(args, key)}})
-    check_together(config, args.stage)
-    return config
-
-
-def check_together(config, stage):
-    """Raise InputError for settings that do not go together."""
-    values = config[stage]
-    for size in (config["patch_size"], *(size for _, size in values["grow"])):
+    grow = config[stage]["grow"]
+    for size in (config["patch_size"], *(size for _, size in grow)):
         if size % config["scale"]:
             raise InputError(f"patch_size {size} is no multiple of scale {config['scale']}")
-    if stage == "gan" and values["grow"] and not config["discriminator"]["pool"]:
+    if stage == "gan" and grow and not config["discriminator"]["pool"]:
         raise InputError("gan.grow needs discriminator.pool, or D's dense layer fits one size only")
-    if not values["pixel_weight"] and not values["content_weight"]:
-        raise InputError(f"{stage}.pixel_weight and {stage}.content_weight are both 0: nothing "
-                         "ties SR to HR")
+    if not config[stage]["pixel_weight"] and not config[stage]["content_weight"]:
+        raise InputError(f"pixel_weight and content_weight of {stage} are both 0: no tie to HR")
+    return config
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", metavar="DIR", help="folders of HR images to train on")
+    add("--data", nargs="+", metavar="DIR", help="folders of HR images to train on", required=True)
     add("--lr-data", metavar="DIR", help="their LR images, if they are not to be made from HR")
     add("--val", metavar="DIR", help="HR images to validate on (default: held out of --data)")
-    add("--stage", choices=("srresnet", "gan"))
-    add("--preset", metavar="NAME", help="one of config.json's presets")
-    add("--list-settings", "--list-presets", action="store_true",
+    add("--stage", choices=("srresnet", "gan"), required=True)
+    add("--list-settings", "--list-presets", action="version", version=list_settings(),
         help="print all presets and settings, and exit")
+    add("--preset", default="paper", choices=read_json(ROOT / "config.json")["presets"],
+        metavar="NAME", help="one of config.json's presets")
     add("--config", metavar="FILE", help="settings from a JSON file laid out as config.json's base")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
-    add("--epochs", type=int, help="of steps_per_epoch updates each")
-    add("--steps-per-epoch", type=int, metavar="N")
-    add("--batch-size", type=int, metavar="N", help="patches per update and GPU")
-    add("--lr", type=float, help="learning rate")
-    add("--feature-weights", "--vgg-weights", dest="content_weights", metavar="FILE",
-        help="weights of the content network: imagenet (downloaded on first use), a file, random")
-    add("--init", metavar="CKPT", help="generator to start from (stage gan: by default "
-        "runs/srresnet/checkpoint_best_psnr.pth, else weights/srresnet.pth)")
-    add("--resume", nargs="?", const=True, metavar="CKPT",
+    for flag, name in {"--epochs": "STAGE.epochs", "--steps-per-epoch": "steps_per_epoch",
+                       "--batch-size": "batch_size", "--lr": "STAGE.lr", "--seed": "seed",
+                       "--precision": "precision", "--feature-weights": "content_weights",
+                       "--vgg-weights": "content_weights"}.items():
+        add(flag, dest="set", action="append", type=(name + "={}").format, metavar="VALUE",
+            help=f"--set {name}=VALUE")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", metavar="CKPT", help="generator to start from (stage gan: by "
+        "default runs/srresnet/checkpoint_best_psnr.pth, else weights/srresnet.pth)")
+    start.add_argument("--resume", nargs="?", const=True, metavar="CKPT",
         help="go on from the run folder's checkpoint_latest.pth, or from CKPT")
     add("--out", metavar="DIR", help="run folder (default: runs/STAGE)")
     add("--cache", default="cache", metavar="DIR", help="where decoded images are kept")
     add("--device", default="auto")
-    add("--precision", choices=("auto", "bf16", "fp32"))
-    add("--seed", type=int)
     add("--wandb", action="store_true", help="log to Weights & Biases, too (pip install wandb)")
     args = parser.parse_args(argv)
-    if not (args.list_settings or args.data and args.stage):
-        parser.error("--data and --stage are required")
     if args.lr_data and len(args.data) > 1:
         parser.error("--lr-data goes with one --data folder")
-    if "" in [*vars(args).values(), *(args.data or [])]:
+    if "" in [*vars(args).values(), *args.data, *args.set]:
         parser.error("an argument is empty")
+    if args.wandb and not find_spec("wandb"):
+        parser.error("--wandb needs a package that is not installed: pip install wandb")
     return args
 
 
 def list_settings():
-    """--list-settings: the presets, then each setting's default, meaning and allowed values."""
+    """The presets, then each setting's default, meaning and allowed values."""
     file = read_json(ROOT / "config.json")
-    for name, preset in file["presets"].items():
-        print(f"--preset {name:20s} {preset['about']}")
+    lines = [f"--preset {name:20s} {preset['about']}" for name, preset in file["presets"].items()]
     for name, default in settings(file["base"]).items():
         (_, allowed), meaning = SETTINGS.get(name) or SETTINGS[name.split(".")[-1]]
-        print(f"{name:28s} {json.dumps(default):30s} {meaning}  [{allowed}]")
+        lines.append(f"{name:28s} {json.dumps(default):30s} {meaning}  [{allowed}]")
+    return "\n".join(lines)
 
 
 # The state of a training, and its run folder.
@@ -275,21 +251,18 @@ class State:
     def __init__(self, networks, values, device):
         self.networks, self.average = networks, copy.deepcopy(networks["generator"])
         self.average.eval().requires_grad_(False)                # the moving average: the result
-        rates = values["lr"], values.get("discriminator_lr") or values["lr"]
-        self.base_rates = dict(zip(networks, rates))
-        self.rates = {name: torch.tensor(rate, device=device)    # tensors: a CUDA graph reads them
-                      for name, rate in self.base_rates.items()}
+        self.base_rates = values["lr"], values.get("discriminator_lr") or values["lr"]
         betas = tuple(map(float, values["betas"]))
-        self.adam = {name: torch.optim.Adam(network.parameters(), self.rates[name], betas,
-                                            fused=True, capturable=True)
-                     for name, network in networks.items()}
+        self.adam = {name: torch.optim.Adam(network.parameters(), torch.tensor(rate, device=device),
+                                            betas, fused=True, capturable=True)  # for a CUDA graph
+                     for rate, (name, network) in zip(self.base_rates, networks.items())}
         self.sums = {name: torch.zeros((), device=device) for name in LOSSES}
         self.step, self.seconds, self.best, self.baselines = 0, 0.0, {}, {}
         self.followed = srgan.float_state(self.average), srgan.float_state(networks["generator"])
 
     def set_rates(self, factor):
-        for name, rate in self.rates.items():
-            rate.fill_(self.base_rates[name] * factor)
+        for rate, adam in zip(self.base_rates, self.adam.values()):
+            adam.param_groups[0]["lr"].fill_(rate * factor)
 
     def record(self, losses, decay):
         """After an update: add up its losses, count it, let the average follow."""
@@ -305,9 +278,7 @@ class State:
         return means
 
     def is_finite(self):
-        tensors = [*self.sums.values()]
-        for network in self.networks.values():
-            tensors += srgan.float_state(network)
+        tensors = sum(map(srgan.float_state, self.networks.values()), [*self.sums.values()])
         return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())
 
     def training(self):
@@ -318,30 +289,30 @@ class State:
 
     @torch.no_grad()
     def restore(self, saved):
-        """Take over a checkpoint. Raises InputError where it has another structure than this."""
-        training, like = dict(saved["training"]), self.training()
+        """Take over a checkpoint. Raises InputError where its structure is not this one's."""
+        like = {"training": self.training(), "generator": self.average.state_dict(),
+                "step": 0, "seconds": 0.0}
+        training = saved["training"]
         for name, network in self.networks.items():
             if f"{name}_optimizer" in training:                  # of an older version
-                training[f"{name}_adam"] = training.pop(f"{name}_optimizer")["state"]
-                training["sums"] = self.sums
+                old = training.pop(f"{name}_optimizer")
+                training |= {f"{name}_adam": old["state"], "sums": self.sums}
             if saved["step"]:
-                like[f"{name}_adam"] = {i: {"step": self.rates[name], "exp_avg": p, "exp_avg_sq": p}
-                                        for i, p in enumerate(network.parameters())}
-        srgan.check_like(training, like, "training")
-        srgan.check_like(saved["generator"], self.average.state_dict(), "generator")
-        for name, best in saved["best"].items():                 # PSNR may be infinite
-            self.best[name] = {"mean": float(best["mean"]), "std": float(best["std"]),
-                               "epoch": int(best["epoch"])}
-        self.step, self.seconds = saved["step"], float(saved["seconds"])
+                like["training"][f"{name}_adam"] = {
+                    i: {"step": self.sums["loss"], "exp_avg": p, "exp_avg_sq": p}
+                    for i, p in enumerate(network.parameters())}
+        srgan.check_like({key: saved[key] for key in like}, like, "checkpoint")
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.best = {name: {"mean": float(best["mean"]), "std": float(best["std"]),
+                            "epoch": int(best["epoch"])} for name, best in saved["best"].items()}
         self.average.load_state_dict(saved["generator"])
         for name, network in self.networks.items():
             network.load_state_dict(training[name])
-            adam = self.adam[name]
-            moments = {i: {key: torch.empty_like(fresh).copy_(training[f"{name}_adam"][i][key])
-                           for key, fresh in entry.items()}      # fused Adam reads memory flat
-                       for i, entry in like[f"{name}_adam"].items()}
-            adam.load_state_dict({**adam.state_dict(), "state": moments})
-            adam.param_groups[0]["lr"] = self.rates[name]        # the tensor, not a copy of it
+            adam = f"{name}_adam"
+            for p, (i, fresh) in zip(network.parameters(), like["training"][adam].items()):
+                self.adam[name].state[p] = {                     # fused Adam reads memory flat
+                    key: torch.empty_like(tensor).copy_(training[adam][i][key])
+                    for key, tensor in fresh.items()}
         for name, total in self.sums.items():
             total.copy_(training["sums"][name])
 
@@ -349,65 +320,53 @@ class State:
 class RunFolder:
     """config.json, metrics.csv, summary.json, curves.png, samples/ and the checkpoints of a run."""
 
-    def __init__(self, path, args, config, state, pairs, device):
+    def __init__(self, path, args, config, state, pairs, device, start, saved):
         self.path, self.stage, self.config, self.state = path, args.stage, config, state
-        self.pairs, self.tracker = pairs, None
-        self.about = {"data": args.data, "val": args.val or "", "device": str(device),
-                      "precision": config["precision"], "torch": torch.__version__}
-        self.metrics = srgan.usable_metrics(config["lpips"], device)
+        self.pairs, self.metrics = pairs, srgan.usable_metrics(config["lpips"], device)
+        self.about = {"stage": args.stage, "data": args.data, "val": args.val or "",
+                      "device": str(device), "torch": torch.__version__}
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in read_rows(path / "metrics.csv")
-                     if int(row["update"]) <= state.step]        # what came later is done again
+        self.rows = read_rows(path / "metrics.csv", state.step)  # what came later is done again
         srgan.write_json(path / "config.json", config)
-        if not is_installed("matplotlib"):
+        if not find_spec("matplotlib"):
             srgan.say("matplotlib is not installed; going on without curves.png")
+        self.tracker = None
         if args.wandb:
             import wandb
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=config)
-
-    def measure_baselines(self, start, saved):
-        """Bicubic upscaling, and the network that the stage started from."""
-        baselines = self.state.baselines
-        baselines["bicubic"] = validate(None, self.pairs, self.config, self.metrics)
+        state.baselines["bicubic"] = validate(None, pairs, config, self.metrics)
         if start:
-            baselines["start"] = validate(start, self.pairs, self.config, self.metrics)
-        with contextlib.suppress(InputError, KeyError, TypeError):  # of a run that was resumed
-            srgan.check_like(saved["baselines"]["start"], baselines["bicubic"], "start")
-            baselines["start"] = saved["baselines"]["start"]
+            state.baselines["start"] = validate(start, pairs, config, self.metrics)
+        with contextlib.suppress(InputError, KeyError, TypeError):  # of a run that is resumed
+            srgan.check_like(saved["baselines"]["start"], state.baselines["bicubic"], "start")
+            state.baselines["start"] = saved["baselines"]["start"]
 
-    def save(self, name, **more):
-        """Write a checkpoint of the average."""
+    def save(self, name="latest"):
+        """Write a checkpoint of the average; "latest" can be resumed."""
         state = self.state
-        srgan.save_checkpoint(self.path / name, state.average, stage=self.stage, step=state.step,
-                              best=state.best, seconds=state.seconds, config=self.config,
-                              baselines=state.baselines, val=self.about["val"], **more)
-
-    def save_latest(self):
-        self.save("checkpoint_latest.pth", training=self.state.training())
+        more = {"training": state.training()} if name == "latest" else {}
+        srgan.save_checkpoint(self.path / f"checkpoint_{name}.pth", state.average, best=state.best,
+                              stage=self.stage, step=state.step, seconds=state.seconds, **more,
+                              config=self.config, baselines=state.baselines, val=self.about["val"])
 
     def end_epoch(self, row, bar, last):
         """Validate, log and save."""
-        epoch, every = row["epoch"], self.config["checkpoint_every"]
+        epoch, every, best = row["epoch"], self.config["checkpoint_every"], self.state.best
         if last or epoch % self.config["validate_every"] == 0:
             metrics = validate(self.state.average, self.pairs, self.config, self.metrics,
                                self.path / f"samples/epoch_{epoch:04d}.png")
             bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(metrics)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
             for name in self.metrics:
-                row |= {name: metrics[name]["mean"], f"{name}_std": metrics[name]["std"]}
-                self.keep_best(name, {**metrics[name], "epoch": epoch})
+                mean, sign = metrics[name]["mean"], 2 * srgan.METRICS[name].higher_is_better - 1
+                row |= {name: mean, f"{name}_std": metrics[name]["std"]}
+                if name not in best or sign * mean > sign * best[name]["mean"]:
+                    best[name] = {**metrics[name], "epoch": epoch}
+                    self.save(f"best_{name}")
         self.log(row)
         if every and epoch % every == 0:
-            self.save(f"checkpoint_epoch_{epoch:04d}.pth")
-        self.save_latest()
-
-    def keep_best(self, name, value):
-        """Save checkpoint_best_<metric>.pth where this metric is the best so far."""
-        best = self.state.best.get(name)
-        sign = 1 if srgan.METRICS[name].higher_is_better else -1
-        if best is None or sign * value["mean"] > sign * best["mean"]:
-            self.state.best[name] = value
-            self.save(f"checkpoint_best_{name}.pth")
+            self.save(f"epoch_{epoch:04d}")
+        self.save()
 
     def log(self, row):
         """metrics.csv, summary.json, curves.png and Weights & Biases."""
@@ -419,11 +378,9 @@ class RunFolder:
             writer.writerows(self.rows)
         state = self.state
         srgan.write_json(self.path / "summary.json", {
-            "stage": self.stage, "epoch": row["epoch"], "update": state.step, "best": state.best,
-            **state.baselines, "seconds": state.seconds, "memory_mb": row["memory_mb"],
-            "generator_parameters": sum(p.numel() for p in state.average.parameters()),
-            **self.about})
-        if is_installed("matplotlib"):
+            **self.about, **{key: row[key] for key in ("epoch", "update", "memory_mb")},
+            "seconds": state.seconds, "best": state.best, **state.baselines})
+        if find_spec("matplotlib"):
             draw_curves(self.rows, state.baselines, self.path / "curves.png")
         if self.tracker:
             self.tracker.log(row, step=state.step)
@@ -431,7 +388,7 @@ class RunFolder:
     def close(self, total):
         """After the last update, or a signal."""
         if self.state.step < total:
-            self.save_latest()
+            self.save()
             print(f"stopped after update {self.state.step} of {total}; go on with --resume")
         else:
             print(f"done; the results are in {self.path}")
@@ -439,28 +396,22 @@ class RunFolder:
             self.tracker.finish()
 
 
-def read_rows(path):
-    """The rows of a metrics.csv, none where there is no file. Raises InputError."""
-    if not path.exists():
-        return []
+def read_rows(path, last):
+    """The rows of a metrics.csv up to update `last`; none where there is no file. InputError."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            int(row["update"]), [float(row[name]) for name in row if row[name]]
+            rows = [row for row in csv.DictReader(file) if int(row["update"]) <= last]
+        [float(value) for row in rows for value in row.values() if value]
         return rows
+    except FileNotFoundError:
+        return []
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not as train.py writes it ({srgan.one_line(error)}); move it "
                          "away to start a new one") from None
 
 
-def is_installed(package):
-    return importlib.util.find_spec(package) is not None
-
-
 def draw_curves(rows, baselines, path):
     """Losses and metrics over the updates; baselines ("bicubic", "start") as dashed lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     panels = {"what G minimises": ("loss", *srgan.CONTENT_LOSSES),
               "the game": ("adversarial", "discriminator"), "D's mean logits": ("d_real", "d_fake"),
@@ -479,7 +430,7 @@ def draw_curves(rows, baselines, path):
                     axes.axhline(metrics[name]["mean"], linestyle=style, label=baseline)
         axes.legend()
     with srgan.replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        figure.savefig(temporary)
 
 
 # Setting up: processes, images, networks, losses.
@@ -487,17 +438,16 @@ def draw_curves(rows, baselines, path):
 def set_up_process(name):
     """(device, rank, number of processes, processes on this machine); torchrun starts several."""
     try:
-        world, rank, local, on_machine = (int(os.environ.get(key, default)) for key, default in (
+        world, rank, local, on_machine = (int(os.environ.get(*item)) for item in (
             ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     except ValueError as error:
         raise InputError(f"what torchrun sets, WORLD_SIZE and so on: {error}") from None
-    gpus = torch.cuda.device_count() if name in ("auto", "cuda") or name.startswith("cuda:") else 0
-    if world > 1 and (name.startswith("cuda:") or gpus and local >= gpus):
+    gpus = torch.cuda.device_count() if name == "auto" or name.startswith("cuda") else 0
+    if world > 1 and (":" in name or gpus and local >= gpus):
         raise InputError(f"torchrun gives each process its own GPU, of {gpus}; write --device cuda "
                          f"and at most --nproc-per-node {gpus}")
-    if gpus and not name.startswith("cuda:"):
-        name = f"cuda:{local}"
     if gpus:
+        name = name if ":" in name else f"cuda:{local}"
         with contextlib.suppress(RuntimeError):                  # pick_device says what is wrong
             torch.cuda.set_device(name)                          # so that no other GPU is opened
     device = srgan.pick_device(name)
@@ -510,35 +460,28 @@ def set_up_process(name):
 def set_up_arithmetic(device, config):
     """Settle the precision, say TF32 or not, and let glibc keep freed memory (CPU: 1.1x)."""
     config["precision"] = srgan.pick_precision(device, config["precision"])
-    srgan.allow_tf32(config["precision"] != "fp32")
+    tf32 = config["precision"] != "fp32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2 ** 31 - 1)                            # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 25)                                # M_MMAP_THRESHOLD
-    except (OSError, AttributeError, TypeError):
-        pass                                                     # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2 ** 25)                   # M_MMAP_THRESHOLD
 
 
 def open_run(args):
     """(run folder, checkpoint to resume or None). Raises InputError where they do not fit."""
     out = Path(args.out or f"runs/{args.stage}")
     latest = out / "checkpoint_latest.pth"
+    path = latest if args.resume is True else Path(args.resume or "")
+    if latest.exists() and not (args.resume and os.path.samefile(path, latest)):
+        raise InputError(f"{out} holds another run; go on with that by --resume, or name another "
+                         "folder with --out")
     if not args.resume:
-        if latest.exists():
-            raise InputError(f"{out} holds a run; go on with --resume, or name another --out")
         return out, None
-    if args.init:
-        raise InputError("--resume goes on with the run's own generator; leave --init out")
-    path = latest if args.resume is True else Path(args.resume)
     saved = srgan.load_checkpoint(path)
-    if not {"stage", "training", "step", "seconds", "best", "generator", "config"} <= saved.keys():
-        raise InputError(f"{path}: only a checkpoint_latest.pth can be resumed; the others hold "
-                         "the generator alone, start from one with --init")
-    if latest.exists() and not os.path.samefile(path, latest):
-        raise InputError(f"{out} holds another run; name another folder with --out")
-    if saved["stage"] != args.stage or type(saved["step"]) is not int or saved["step"] < 0:
-        raise InputError(f"{path}: no checkpoint of stage {args.stage}")
+    if not {"training", "config"} <= saved.keys() or saved.get("stage") != args.stage:
+        raise InputError(f"{path}: no checkpoint_latest.pth of stage {args.stage}, the only kind "
+                         "that can be resumed; start from its generator with --init")
     return out, saved
 
 
@@ -554,33 +497,31 @@ def find_data(args, config):
         return pairs, srgan.find_pairs(args.val, scale=scale, kernel=kernel)
     parts = srgan.split([hr for _, hr, _ in pairs], config["split"], config["validate_on"])
     if not parts["train"]:
-        raise InputError("one image is too few to train on and to hold one out; give more, or "
-                         "--val")
+        raise InputError("one image is too few to train on and hold one out; give more, or --val")
     return [[pair for pair in pairs if pair[1] in set(parts[part])] for part in ("train", "val")]
 
 
 def find_start(args, config):
     """(path, generator) of --init or, in stage 2, of stage 1; (None, None) where G starts anew."""
-    stage_1 = Path("runs/srresnet/checkpoint_best_psnr.pth"), ROOT / "weights/srresnet.pth"
-    paths = [args.init] if args.init else [p for p in stage_1 if p.exists()] * (args.stage == "gan")
-    if not paths and args.stage == "gan":
-        raise InputError("stage gan starts from an SRResNet: train one, or name one with --init")
-    if not paths:
+    if args.resume or args.stage == "srresnet" and not args.init:
         return None, None
-    generator = srgan.load_generator(paths[0])
+    stage_1 = Path("runs/srresnet/checkpoint_best_psnr.pth"), ROOT / "weights/srresnet.pth"
+    path = args.init or next((path for path in stage_1 if path.exists()), None)
+    if not path:
+        raise InputError("stage gan starts from an SRResNet: train one, or name one with --init")
+    generator = srgan.load_generator(path)
     for key, value in generator.arch.items():
         if config[key] != value:
-            raise InputError(f"{paths[0]} holds a generator with {key} {value}, the settings say "
-                             f"{config[key]}; name one that fits with --init")
-    return paths[0], generator
+            raise InputError(f"{path} has {key} {value}, the settings have {config[key]}; name a "
+                             "generator that fits with --init")
+    return path, generator
 
 
 def make_networks(args, config, start, device):
     """{"generator": G, "discriminator": D in stage 2}, in training mode on the device."""
     torch.manual_seed(config["seed"])
-    generator = srgan.make_generator(config["block"], scale=config["scale"], tanh=config["tanh"],
-                                     channels=config["channels"], n_blocks=config["n_blocks"],
-                                     init=config["init"])
+    arch = "block", "scale", "channels", "n_blocks", "tanh", "init"
+    generator = srgan.make_generator(**{key: config[key] for key in arch})
     if start:
         generator.load_state_dict(start.state_dict())
     networks = {"generator": generator}
@@ -591,7 +532,7 @@ def make_networks(args, config, start, device):
         network.to(device, memory_format=torch.channels_last).train()
     if config[args.stage].get("freeze_batch_norm"):
         for module in generator.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
     return networks
 
@@ -600,32 +541,34 @@ def make_update(config, stage, state, device, world=1):
     """srgan.Update with the networks in their fast form, and the losses that the settings name."""
     values, precision = config[stage], config["precision"]
     compiled = config["compile"] == "yes" or (
-        config["compile"] == "auto" and device.type == "cuda" and is_installed("triton"))
+        config["compile"] == "auto" and device.type == "cuda" and find_spec("triton"))
 
     def fast(network):
-        network = srgan.Fast(network, precision)
+        network = srgan.Fast(network.to(device, memory_format=torch.channels_last), precision)
         return torch.compile(network) if compiled else network
 
-    use = SimpleNamespace(pixel_loss=values["pixel_loss"], scale=config["scale"], phi=None)
+    use = SimpleNamespace(pixel_loss=values["pixel_loss"], phi=None)
     if values["content_weight"]:
         name, _, layer = config["content_network"].partition(":")
-        phi = srgan.CONTENT_NETWORKS[name](layer, config["content_weights"],
-                                           config["content_divisor"])
-        use.phi = fast(phi.to(device, memory_format=torch.channels_last))
+        use.phi = fast(srgan.CONTENT_NETWORKS[name](layer, config["content_weights"],
+                                                    config["content_divisor"]))
     losses = {name: (values[f"{name}_weight"], functools.partial(loss, use=use))
               for name, loss in srgan.CONTENT_LOSSES.items() if values.get(f"{name}_weight")}
     networks, adam = state.networks, state.adam
     if world > 1:
         for optimizer in adam.values():
             optimizer.register_step_pre_hook(average_gradients)
+    generator = fast(networks["generator"])
     if stage == "srresnet":
-        return srgan.Update(fast(networks["generator"]), adam["generator"], losses)
+        return srgan.Update(generator, adam["generator"], losses)
+    if values["even_subpixels"]:
+        adam["generator"].register_step_post_hook(
+            lambda *_: srgan.even_out_subpixels(networks["generator"]))
     plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
-    update = srgan.Update(fast(networks["generator"]), adam["generator"], losses,
-                          fast(networks["discriminator"]), adam["discriminator"],
-                          values["adversarial_weight"],
+    update = srgan.Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
+                          adam["discriminator"], values["adversarial_weight"],
                           *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
     if values["discriminator_steps"] > 1:
         update = srgan.CriticSteps(update)
@@ -634,23 +577,23 @@ def make_update(config, stage, state, device, world=1):
     return update
 
 
-def make_patches(args, config, images, device, rank, per_machine):
+def make_patches(args, config, images, device, rank, on_machine):
     """srgan.Patches of the training images."""
     hr, lr = (srgan.Store(paths, args.cache, config["store"]) if paths[0] else None
               for paths in list(zip(*images))[1:])
     return srgan.Patches(hr, config["patch_size"], config["scale"], config["kernel"],
                          config["augment"], config["crop_margin"], lr, device, config["seed"], rank,
-                         max(1, os.cpu_count() // per_machine))
+                         max(1, os.cpu_count() // on_machine))
 
 
 def average_gradients(optimizer, *_):
     """Before a step: the mean of the gradients of all processes, as of one large batch."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    parts = flat.div_(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    means = flat.div_(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means):
+        gradient.copy_(mean.view_as(gradient))
 
 
 # Training.
@@ -669,82 +612,55 @@ def batches(patches, config, stage, first, last):
     """(LR, HR), once for each step of D, for updates first to last - 1; patches grow with time."""
     steps, values = config["steps_per_epoch"], config[stage]
     d_steps = values.get("discriminator_steps", 1)
-    sizes = [(0, config["patch_size"])] + [((epoch - 1) * steps, size)
-                                           for epoch, size in values["grow"]]
-    for (begin, size), (end, _) in zip(sizes, [*sizes[1:], (last, None)]):
-        begin, end = max(begin, first), min(end, last)
+    sizes = [[1, config["patch_size"]], *values["grow"], [math.inf, None]]
+    for (epoch, size), (next_epoch, _) in zip(sizes, sizes[1:]):
+        begin, end = max((epoch - 1) * steps, first), min((next_epoch - 1) * steps, last)
         if begin < end:
             patches.resize(size)
             pairs = patches.batches(config["batch_size"], begin * d_steps, end * d_steps)
             yield from (sum(several, ()) for several in zip(*[pairs] * d_steps))
 
 
-def validate(generator, pairs, config, metrics, sheet=None):
+def validate(generator, pairs, config, metrics, sample=None):
     """Mean and standard deviation of the metrics; generator None measures bicubic.
 
-    An image that cannot be measured is taken out of `pairs`, with a line on stderr. sheet: a file
-    for bicubic, SR and HR of the first three images' centres. Raises InputError.
+    An image that cannot be measured is taken out of `pairs`, with a line on stderr. sample: a file
+    for bicubic, SR and HR of the first image's centre. Raises InputError where none is left.
     """
-    scale, scores, strips = config["scale"], [], []
+    scale, scores = config["scale"], []
     for pair in list(pairs):
-        name, hr_path, lr_path = pair
+        name, *paths = pair
         try:
-            lr, hr = srgan.open_pair(hr_path, lr_path, scale, config["kernel"])
+            lr, hr = srgan.open_pair(*paths, scale, config["kernel"])
             bicubic = srgan.upsample(lr, scale)
             sr = srgan.upscale(generator, lr) if generator else bicubic
             scores.append(srgan.measure(sr, hr, metrics, scale))
+            if sample and len(scores) == 1:
+                top, left = (max(0, side - 400) // 2 for side in hr.shape[:2])
+                views = [image[top:top + 400, left:left + 400] for image in (bicubic, sr, hr)]
+                with srgan.replacing(sample) as temporary:
+                    srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
         except InputError as error:
             srgan.say(f"left out of the validation, {name}: {error}")
             pairs.remove(pair)
-            continue
-        if sheet and len(strips) < 3:
-            side = min(240, *hr.shape[:2])
-            top, left = ((n - side) // 2 for n in hr.shape[:2])
-            views = [image[top:top + side, left:left + side] for image in (bicubic, sr, hr)]
-            strips.append(srgan.side_by_side(
-                views, ["bicubic", f"SR, {scores[-1]['psnr']:.2f} dB", "HR"]))
     if not scores:
         raise InputError("no image is left to validate on")
-    if sheet:
-        width, tops = max(s.width for s in strips), np.cumsum([0, *(s.height for s in strips)])
-        whole = Image.new("RGB", (width, int(tops[-1])), "white")
-        for strip, top in zip(strips, tops):
-            whole.paste(strip, (0, int(top)))
-        with srgan.replacing(sheet) as temporary:
-            whole.save(temporary)
     return srgan.aggregate(scores)
-
-
-def memory_mb(device):
-    """Peak of the GPU memory that tensors took, or of this process's resident memory, in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:                                          # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def note_signals():
     """A list that SIGINT, SIGTERM and SIGHUP add to; a second one ends the program at once."""
     seen = []
-
-    def note(number, _):
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
-        signal.signal(number, note)
+        signal.signal(number, lambda n, _: (seen.append(n), signal.signal(n, signal.SIG_DFL)))
     return seen
 
 
 def agree(flag, world, device):
     """Whether the flag is set in any process."""
-    if world == 1:
-        return flag
     total = torch.tensor(float(flag), device=device)
-    dist.all_reduce(total)
+    if world > 1:
+        dist.all_reduce(total)
     return total.item() > 0
 
 
@@ -753,8 +669,7 @@ def train(state, update, data, run, config, stage, world, device):
     values, steps = config[stage], config["steps_per_epoch"]
     total, signals, stop = values["epochs"] * steps, note_signals(), False
     began, epoch_began, first = time.monotonic() - state.seconds, time.monotonic(), state.step
-    bar = tqdm(total=total, initial=state.step, unit="update", smoothing=0.1, disable=run is None,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=total, initial=state.step, unit="update", disable=None if run else True)
     while state.step < total and not stop:
         rate = learning_rate(values, state.step, steps)
         state.set_rates(rate)
@@ -772,8 +687,9 @@ def train(state, update, data, run, config, stage, world, device):
             stop = agree(bool(signals), world, device)
         if end_of_epoch:
             row = {"epoch": state.step // steps, "update": state.step, "lr": values["lr"] * rate,
-                   **state.mean_losses(steps), "memory_mb": memory_mb(device),
-                   "updates_per_s": (state.step - first) / (time.monotonic() - epoch_began)}
+                   "updates_per_s": (state.step - first) / (time.monotonic() - epoch_began),
+                   "memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20,
+                   **state.mean_losses(steps)}
             if run:
                 run.end_epoch(row, bar, last=state.step == total)
             first, epoch_began = state.step, time.monotonic()
@@ -782,38 +698,31 @@ def train(state, update, data, run, config, stage, world, device):
 
 def main():
     args = parse_args()
-    if args.list_settings:
-        return list_settings()
-    if args.wandb and not is_installed("wandb"):
-        raise InputError("--wandb needs a package that is not installed: pip install wandb")
     out, saved = open_run(args)
     config, stage = resolve_config(args, saved and saved["config"]), args.stage
-    total = config[stage]["epochs"] * config["steps_per_epoch"]
-    if saved and saved["step"] >= total:
-        raise InputError(f"the run is complete at update {saved['step']}; more with --epochs")
     images, pairs = find_data(args, config)
-    start_path, start = (None, None) if saved else find_start(args, config)
+    path, start = find_start(args, config)
     device, rank, world, on_machine = set_up_process(args.device)
     set_up_arithmetic(device, config)
     state = State(make_networks(args, config, start, device), config[stage], device)
     if saved:
         try:
             state.restore(saved)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise InputError(f"this checkpoint cannot be resumed: {srgan.one_line(e)}") from None
+        except Exception as error:
+            raise InputError(f"it cannot be resumed: {srgan.one_line(error)}") from None
+    total = config[stage]["epochs"] * config["steps_per_epoch"]
+    if not 0 <= state.step < total:
+        raise InputError(f"the run is complete at update {state.step}; more with --epochs")
     update = make_update(config, stage, state, device, world)
     patches = make_patches(args, config, images, device, rank, on_machine)
     run = None
     if rank == 0:                                                # it validates, logs and saves
-        run = RunFolder(out, args, config, state, pairs, device)
-        run.measure_baselines(start, saved)
-        if start:
-            print(f"starting from {start_path}")
-        bicubic = srgan.describe(state.baselines["bicubic"])
+        run = RunFolder(out, args, config, state, pairs, device, start, saved)
+        run.save()                                               # there is always one to resume
         print(f"{stage} on {device}, {config['precision']}: {len(images)} images, {len(pairs)} to "
-              f"validate on (bicubic {bicubic}), updates {state.step} to {total}, into {out}",
+              f"validate on (bicubic {srgan.describe(state.baselines['bicubic'])}), updates "
+              f"{state.step} to {total}, into {out}" + f", starting from {path}" * bool(path),
               flush=True)
-        run.save_latest()                                        # there is always one to resume
     data = batches(patches, config, stage, state.step, total)
     train(state, update, data, run, config, stage, world, device)
     if run:

@@ -252,7 +252,7 @@ def whole(device, folder):
 UPSCALE = """
 import sys, time, torch, numpy as np
 sys.path[:0] = sys.argv[1:3]
-import srgan, train
+import srgan
 from conftest import photo
 side, device = int(sys.argv[3]), torch.device(sys.argv[4])
 g = srgan.load_generator(sys.argv[1] + "/weights/srresnet.pth", device)
@@ -260,7 +260,7 @@ g, precision = srgan.optimize_for_inference(g), srgan.pick_precision(device)
 image = np.tile(photo(250, 250), (side // 250 + 1, side // 250 + 1, 1))[:side, :side].copy()
 def peak():  # Linux; getrusage would count the parent of this process
     if device.type == "cuda":
-        return train.memory_mb(device)
+        return torch.cuda.max_memory_allocated() / 2 ** 20
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 srgan.upscale(g, image[:64, :64], precision=precision)
 before, began = peak(), time.perf_counter()

@@ -1,10 +1,10 @@
+import contextlib
+import ctypes
 import functools
-import hashlib
-import http.server
 import importlib
+import resource
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ OLD = ROOT / "tests" / "old"
 TINY = ("--set", "channels=8", "--set", "n_blocks=1", "--set", "patch_size=32",
         "--batch-size", "4", "--set", "lpips=false", "--set", "content_network=vgg19:2_2",
         "--set", "content_weights=random")
+SMALL = (*TINY, "--set", "content_network=vgg19:1_1", "--set", "discriminator.channels=[8,8,16,16]",
+         "--device", "cpu", "--precision", "fp32")
+LAUGHS = functools.reduce(lambda nested, _: [nested, nested], range(40), ["ha"])   # 2^40 times
 
 
 def photo(h, w, seed=0):
@@ -32,6 +35,12 @@ def photo(h, w, seed=0):
     return np.clip(total + 128, 0, 255).astype(np.uint8)
 
 
+def randomised(network, std=0.2):
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return network
+
+
 def same(a, b):
     """Whether nested dictionaries and lists of tensors are equal bit for bit."""
     if isinstance(a, torch.Tensor):
@@ -41,6 +50,17 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def memory(function):
+    """MB that it took at most beside what was in use."""
+    def status(name):
+        return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")                # forget the peak so far
+    before = status("VmRSS:")
+    function()
+    return status("VmHWM:") - before
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +74,8 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """No test finds or leaves weights in the user's cache, and none waits for a proxy."""
+    """No test finds or leaves weights in the user's cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
-    monkeypatch.setenv("no_proxy", "*")
     srgan.load_lpips.cache_clear()
 
 
@@ -79,6 +98,28 @@ def generator():
     for _ in range(3):
         g.train()(torch.rand(4, 3, 24, 24))
     return g.eval()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A checkpoint to start from, with random weights: all of it has a gradient."""
+    torch.manual_seed(1)
+    srgan.save_checkpoint(tmp_path / "start.pth",
+                          srgan.Generator(channels=8, n_blocks=1, init="torch"))
+    return tmp_path / "start.pth"
+
+
+@pytest.fixture
+def full_disk():
+    """with full_disk(n): no file can become larger than n bytes."""
+    @contextlib.contextmanager
+    def limit(n, limits=resource.getrlimit(resource.RLIMIT_FSIZE)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return limit
 
 
 @pytest.fixture
@@ -105,32 +146,3 @@ def one_line():
     def check(text):
         assert len(text.strip().splitlines()) == 1 and "Traceback" not in text, text
     return check
-
-
-@pytest.fixture
-def offer(tmp_path):
-    """offer(name, content) serves a file on 127.0.0.1: its address, and four that fail."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def copyfile(self, source, target):                      # "cut-": the connection breaks off
-            content = source.read()
-            target.write(content[:len(content) // 2] if "cut-" in self.path else content)
-    handler = functools.partial(Quiet, directory=folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def serve(name, content):
-        good = f"{name}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-        wrong = f"{name}-01234567.pth"                           # not its hash
-        for file in (good, wrong, f"cut-{good}"):
-            (folder / file).write_bytes(content)
-        url = f"http://127.0.0.1:{server.server_port}"
-        return f"{url}/{good}", [f"{url}/{wrong}", f"{url}/cut-{good}", f"{url}/no-{wrong}",
-                                 f"http://127.0.0.1:9/{wrong}"]
-    yield serve
-    server.shutdown()

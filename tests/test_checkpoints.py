@@ -1,8 +1,7 @@
 """Section 7: files that come back as they were, and hostile ones that do no harm."""
 import copy
-import ctypes
+import functools
 import io
-import json
 import os
 import pickle
 import struct
@@ -12,9 +11,10 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import faults
 import pytest
 import torch
-from conftest import OLD, ROOT, photo, same
+from conftest import LAUGHS, OLD, ROOT, memory, photo, same
 from torch import nn
 
 import srgan
@@ -33,17 +33,6 @@ def refuse(path, words=""):
         warnings.simplefilter("error")                           # nor does anything warn
         srgan.load_generator(path)
     assert path.name in str(error.value) and "\n" not in str(error.value)
-
-
-def memory(function):
-    """MB that it took at most beside what was in use."""
-    def status(name):
-        return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")                # forget the peak so far
-    before = status("VmRSS:")
-    function()
-    return status("VmHWM:") - before
 
 
 # Saving and loading
@@ -82,82 +71,26 @@ def test_checkpoints_of_older_versions_load(path):
 def test_a_write_that_fails_leaves_the_old_file_and_what_it_left_is_replaced(
         tmp_path, generator, monkeypatch):
     file, link = tmp_path / "file.txt", tmp_path / "link.txt"
-    srgan.write_text(file, "old")
+    srgan.write_json(file, "old")
     with pytest.raises(RuntimeError), srgan.replacing(file) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     with pytest.raises(srgan.InputError, match="cannot be written"):
         monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError("full")))
         srgan.save_checkpoint(file, generator)
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == '"old"\n' and list(tmp_path.iterdir()) == [file]
     temporary.write_text("left by a killed process"), link.symlink_to(file)
-    srgan.write_text(link, "new")
-    assert link.is_symlink() and file.read_text() == "new" and not temporary.exists()
-
-
-def test_json_that_cannot_say_infinity_says_null(tmp_path):
-    document = {"psnr": float("inf"), "of": {"ssim": float("nan"), "n": 3, "lpips": 0.5}}
-    srgan.write_json(tmp_path / "a.json", document)
-    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
-    assert found == {"psnr": None, "of": {"ssim": None, "n": 3, "lpips": 0.5}}
-
-
-def test_no_file_is_open_or_mapped_while_it_is_replaced(photos, tmp_path, generator, monkeypatch):
-    """Windows refuses to replace it, and to sync one that was opened for reading."""
-    replaced, real_replace, real_fsync = [], os.replace, os.fsync
-
-    def replace(source, target):
-        files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
-        mapped = Path("/proc/self/maps").read_text()
-        for file in (source, target):
-            assert str(file) not in files and f"{file}\n" not in mapped
-        replaced.append(Path(target).suffix)
-        real_replace(source, target)
-
-    def fsync(number):
-        os.write(number, b"")                                    # fails where it may not write
-        real_fsync(number)
-    monkeypatch.setattr(os, "replace", replace), monkeypatch.setattr(os, "fsync", fsync)
-    srgan.save_checkpoint(tmp_path / "g.pth", generator)
-    paths = srgan.find_images(photos)
-    srgan.Store(paths, tmp_path / "cache")
-    file, = (tmp_path / "cache").glob("*.pixels")
-    os.truncate(file, 100)                                       # made again
-    srgan.Store(paths, tmp_path / "cache")
-    assert replaced == [".pth"] + 2 * [".pixels", ".npy"]
-
-
-def test_the_average_follows_the_network():
-    a, b = (srgan.Generator(channels=4, n_blocks=1, init="torch") for _ in range(2))
-    b.train()(torch.rand(2, 3, 8, 8))
-    before = copy.deepcopy(a.state_dict())
-    srgan.ema_(srgan.float_state(a), srgan.float_state(b), 0.75)
-    for key, value in a.state_dict().items():
-        if value.is_floating_point():
-            assert torch.allclose(value, 0.75 * before[key] + 0.25 * b.state_dict()[key], atol=1e-6)
-    assert len(srgan.float_state(a)) == sum(v.is_floating_point() for v in before.values())
+    srgan.write_json(link, "new")
+    assert link.is_symlink() and file.read_text() == '"new"\n' and not temporary.exists()
 
 
 # Hostile files
 
-class Runs:
-    """Its pickle calls `function` with `args` when it is loaded."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "least"])
-@pytest.mark.parametrize("kind", ["system", "exec", "open", "popen", "load"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, kind, form):
-    mark, path = str(tmp_path / "ran"), tmp_path / "evil.pth"
-    evil = {"system": Runs(os.system, f"touch {mark}"), "load": Runs(torch.load, mark),
-            "exec": Runs(exec, f"open({mark!r}, 'w')"), "open": Runs(open, mark, "w"),
-            "popen": Runs(subprocess.Popen, ["touch", mark])}[kind]
-    content = {"generator": {"w": evil}, "arch": evil}
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    content, path = {"generator": {"w": faults.Code()}, "arch": faults.Code()}, Path("evil.pth")
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
     elif form == "least":                                        # that torch takes for a checkpoint
@@ -167,36 +100,29 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, 
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     refuse(path, "no checkpoint of plain tensors")
-    assert not Path(mark).exists()
+    assert not Path("code-ran").exists()
 
 
 def strange_states(good):
     """{name: (what is in the file, words of the message)}"""
-    weights, laughs = good["generator"], ["ha"]
+    weights = good["generator"]
     bias, huge = weights["tail.bias"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
-    for _ in range(40):
-        laughs = [laughs, laughs]
 
     def change(key, value):
         return {**good, "generator": {**weights, key: value}}
 
     def arch(**changes):
         return {**good, "arch": {**good["arch"], **changes}}
-    less = {key: value for key, value in weights.items() if key != "tail.bias"}
     return {
-        "less": ({**good, "generator": less}, "tail.bias is on one side"),
         "more": (change("tail.more", bias), "tail.more is on one side"),
         "nan": (change("tail.bias", bias * torch.nan), "not finite"),
         "shape": (change("tail.bias", torch.zeros(4)), r"no tensor of torch.float32 \(3,\)"),
-        "meta": (change("tail.bias", bias.to("meta")), "no tensor of torch.float32"),
-        "one number": (change("tail.bias", bias[:1].clone().expand(3)), "no tensor of"),
         "expanded": ({**change("tail.weight", huge), **arch(channels=10 ** 6)}, "no generator"),
         "wide": (arch(channels=10 ** 9), "no generator can be"),
         "deep": (arch(n_blocks=10 ** 12), "no generator can be"),
         "scale": (arch(scale=2 ** 40), "no generator can be"),
         "x2": (arch(scale=2), "not a generator"), "block": (arch(block="x"), "no generator can be"),
-        "laughs": (arch(block=laughs), "arch.block must be of type str"),
-        "many": (arch(channels="many"), "arch.channels must be of type int"),
+        "laughs": (arch(block=LAUGHS), "arch.block must be of type str"),
         "extra": (arch(extra=1), "extra is on one side"), "keys": (arch(**{"\n": 1}), "not a gen"),
         "none": ({**good, "arch": None}, "no checkpoint of train.py"),
         "other project": ({"state_dict": weights}, "no checkpoint of train.py"),
@@ -212,10 +138,9 @@ def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path
         for name, (_, words) in states.items():
             refuse(tmp_path / f"{name}.pth", words)
     assert memory(refuse_all) < 50
-    cut, text, empty = (tmp_path / f"{name}.pth" for name in ("cut", "text", "empty"))
-    cut.write_bytes(path.read_bytes()[:9000]), text.write_text("hello"), empty.touch()
-    for file in (cut, text, empty):
-        refuse(file, "no checkpoint of plain tensors")
+    for content in path.read_bytes()[:9000], b"hello", b"":
+        (tmp_path / "cut.pth").write_bytes(content)
+        refuse(tmp_path / "cut.pth", "no checkpoint of plain tensors")
     for file in (tmp_path / "absent.pth", tmp_path):
         refuse(file, "no such file|not a file")
 
@@ -229,23 +154,22 @@ def plain_zip(path, n_entries, size, method=zipfile.ZIP_STORED):
             archive.writestr(entry.filename, source.read(entry))
 
 
-def compressed(path, n_entries, size):
-    plain_zip(path, n_entries, size, zipfile.ZIP_DEFLATED)
+compressed = functools.partial(plain_zip, method=zipfile.ZIP_DEFLATED)
 
 
 def overlap(path, n_entries, size):
     """The same, the storages all on the bytes of one."""
     plain_zip(path, n_entries, size)
     source = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for entry in source.infolist():
-            if "/data/" not in entry.filename or entry.filename.endswith("/data/0"):
+            if entry.filename.split("/data/")[-1] in map(str, range(1, n_entries)):
+                archive.filelist.append(copy.copy(first))
+                archive.filelist[-1].filename = entry.filename
+            else:
                 archive.writestr(entry.filename, source.read(entry))
-        first, = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
-        for name in [*n_entries * ["0"], *map(str, range(1, n_entries))]:
-            again = copy.copy(first)
-            again.filename = again.orig_filename = first.filename[:-1] + name
-            archive.filelist.append(again)
+            if entry.filename.endswith("/data/0"):
+                first = archive.filelist[-1]
 
 
 def two_directories(path, n_entries, size):
@@ -269,7 +193,7 @@ def bytes_from_nothing(path, n_entries, size):
 
 
 @pytest.mark.parametrize("bomb", [overlap, two_directories, bytes_from_nothing, compressed],
-                         ids=lambda bomb: bomb.__name__)
+                         ids=["overlap", "directories", "bytes", "compressed"])
 def test_a_small_file_takes_no_more_memory_than_its_size(bomb, tmp_path):
     bomb(tmp_path / "bomb.pth", 100, 1_000_000)                  # 100 MB when unpacked
     assert (tmp_path / "bomb.pth").stat().st_size < 3e6
@@ -287,11 +211,10 @@ def test_check_like_takes_what_is_alike_and_names_what_differs():
                ({**fresh, "step": True}, "training.step must be of type int"),
                ({**fresh, "loss": float("nan")}, "training.loss"),
                ({**fresh, "loss": float("inf")}, "training.loss"),
-               ({**fresh, "name": None}, "training.name must be of type str"),
-               ({**fresh, "adam": [1]}, "training.adam does not fit"),
+               ({**fresh, "name": LAUGHS}, "training.name must be of type str"),
                ({**fresh, "adam": {}}, "training.adam does not fit: 0 is on one side"),
                ({**fresh, "more": 1}, "training does not fit: more is on one side"),
-               ({}, "training does not fit"), (None, "training does not fit"), ([], "does not fit")]
+               (None, "training does not fit"), ([], "does not fit")]
     for tensor in (torch.zeros(3, 2), torch.zeros(2, 3).double(), torch.zeros(2, 3).int(), 0.0,
                    torch.zeros(1, 3).expand(2, 3), torch.full((2, 3), torch.nan),
                    torch.zeros(2, 3, device="meta"), torch.zeros(2, 3).to_sparse(), [[0.0]]):
@@ -304,13 +227,12 @@ def test_check_like_takes_what_is_alike_and_names_what_differs():
 
 def test_importing_srgan_changes_nothing_in_the_host_program():
     code = """if True:
-        import signal, warnings, PIL.Image, torch
+        import lzma, signal, sys, warnings, PIL.Image, PIL.ImageFont, torch, tqdm, filelock
         def state():
             return (PIL.Image.MAX_IMAGE_PIXELS, warnings.filters[:], torch.get_num_threads(),
                     signal.getsignal(signal.SIGTERM), torch.backends.cuda.matmul.allow_tf32)
-        import lzma, PIL.ImageFont, torch.nn.functional, tqdm, filelock
         before = state()
-        import sys, srgan
+        import srgan
         assert state() == before
         assert not {"lpips", "torchvision", "matplotlib", "wandb"} & {*sys.modules}
     """

@@ -5,15 +5,10 @@ import types
 
 import pytest
 import torch
+from conftest import randomised
 from torch import nn
 
 import srgan
-
-
-def randomised(network):
-    for p in network.parameters():
-        nn.init.normal_(p, std=0.2)
-    return network
 
 
 def gradients(y, *inputs):
@@ -25,15 +20,6 @@ def gradients(y, *inputs):
 def assert_close(ours, theirs, tolerance=1e-5):
     for a, b in zip(ours, theirs, strict=True):
         assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max() + 1e-12
-
-
-@pytest.mark.parametrize("k, r", [(3, 2), (5, 2), (7, 2), (9, 2), (5, 3), (3, 4), (1, 2)])
-def test_a_convolution_of_a_shuffled_image_needs_no_shuffled_image(k, r):
-    conv = nn.Conv2d(3, 2, k, padding=k // 2)
-    x = torch.randn(2, 3 * r * r, 6, 5, requires_grad=True)
-    inputs = x, conv.weight, conv.bias
-    assert_close(gradients(srgan.conv_of_shuffled(x, conv, r), *inputs),
-                 gradients(conv(nn.functional.pixel_shuffle(x, r)), *inputs))
 
 
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
@@ -50,16 +36,6 @@ def test_the_fast_generator_is_figure_4_as_drawn_in_value_and_gradient(block, sc
         assert torch.allclose(a.float(), b.float(), rtol=1e-5)
 
 
-def test_the_fast_discriminator_and_content_network_are_the_drawn_ones():
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
-    d = srgan.Discriminator(16, (4, 4, 8, 8))
-    for network in (d, srgan.TruncatedVGG19("2_1", "random")):
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        inputs = list(network.parameters()) if network is d else []
-        expected = gradients(network(a), a, *inputs)
-        assert_close(gradients(srgan.Fast(network)(b), b, *inputs), expected, 1e-4)
-
-
 def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
     g = randomised(srgan.Generator(channels=8, n_blocks=1)).eval()
     phi = srgan.TruncatedVGG19("2_1", "random")
@@ -72,17 +48,6 @@ def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
         assert not torch.equal(result, y)
         assert {id(p) for p in fast.parameters()} == {id(p) for p in network.parameters()}
     assert all(p.dtype == torch.float32 for network in (g, d) for p in network.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prelu_is_torchs(dtype):
-    ours, theirs = srgan.FastPReLU(init=0.25), nn.PReLU(init=0.25)
-    x = torch.randn(4, 3, 8, 8).to(dtype).requires_grad_()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert_close(gradients(ours(x), x, ours.weight),
-                 gradients(theirs.to(dtype)(x), x, theirs.weight), tolerance)
-    with torch.no_grad():
-        assert torch.equal(ours(x.float()), theirs.float()(x.float()))
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
@@ -118,18 +83,18 @@ def test_auto_takes_the_precision_in_which_a_convolution_is_faster(monkeypatch, 
         return real(self, x)
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
     monkeypatch.setattr(srgan.time, "perf_counter", lambda: clock[0])
-    srgan.faster_precision.cache_clear()
+    srgan.pick_precision.cache_clear()
     try:
         assert srgan.pick_precision(device) == faster
         elapsed = clock[0]
-        assert srgan.pick_precision(device, "auto") == faster and clock[0] == elapsed  # once
+        assert srgan.pick_precision(device) == faster and clock[0] == elapsed  # once
         assert [srgan.pick_precision(device, name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
         monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: x / 0 if x.dtype ==
                             torch.float32 else (_ for _ in ()).throw(RuntimeError("no bf16")))
-        srgan.faster_precision.cache_clear()
+        srgan.pick_precision.cache_clear()
         assert srgan.pick_precision(device) == "fp32"
     finally:
-        srgan.faster_precision.cache_clear()
+        srgan.pick_precision.cache_clear()
 
 
 def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
@@ -159,19 +124,3 @@ def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
             result = graphed(torch.full(shape, float(i)))["twice"]
             assert torch.equal(result, torch.full(shape, 2.0 * i))
     assert len(calls) == 2 * (srgan.Graphed.warmup + 1)          # the others were replayed
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_graphed_update_is_the_plain_one():
-    results = []
-    for graphed in (False, True):
-        torch.manual_seed(0)
-        g = srgan.Generator(channels=8, n_blocks=1).cuda()
-        adam = torch.optim.Adam(g.parameters(), 1e-3, capturable=True)
-        update = srgan.Update(srgan.Fast(g), adam, {"pixel": (1.0, srgan.mse_loss)})
-        if graphed:
-            update = srgan.Graphed(update, torch.device("cuda"))
-        batches = [(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 32, 32)) for _ in range(8)]
-        results.append([update(lr.cuda(), hr.cuda())["loss"].item() for lr, hr in batches])
-    assert results[0] == pytest.approx(results[1], rel=1e-3)

@@ -39,7 +39,8 @@ def test_no_tiling_shows_in_the_result(generator, tile):
 def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_do(
         block, scale, corner, values, monkeypatch):
     """In floating point, for a network that looks as far to one side as it can."""
-    g = srgan.make_generator(block, scale=scale, channels=4, n_blocks=1, tanh=False).eval()
+    g = srgan.make_generator(block, scale=scale, channels=4, tanh=False,
+                             n_blocks=1 if block == "rrdb" else 2).eval()
     for conv in g.modules():
         if isinstance(conv, torch.nn.Conv2d):
             torch.nn.init.zeros_(conv.weight).data[:, -1, corner, corner] = 1
@@ -75,18 +76,13 @@ def test_where_memory_is_short_tiles_are_halved_until_they_fit_or_are_too_small(
     limit = 100
     with pytest.raises(torch.OutOfMemoryError):
         srgan.upscale(generator, image)
-    monkeypatch.setattr(srgan, "features", lambda *args: 1 / 0)  # no matter of memory
-    with pytest.raises(ZeroDivisionError):
-        srgan.upscale(generator, image)
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("std::bad_alloc"),
-    RuntimeError("could not create a memory object")])
-def test_short_memory_is_recognised_in_every_wording(error):
-    assert srgan.is_out_of_memory(error)
+def test_short_memory_is_recognised_in_every_wording():
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), *map(RuntimeError, (
+            "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
+            "DefaultCPUAllocator: can't allocate memory", "could not create a memory object"))):
+        assert srgan.is_out_of_memory(error)
     assert not srgan.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
@@ -101,12 +97,6 @@ def test_the_ensemble_is_the_mean_over_eight_views(generator, values):
     assert np.abs(result - super_resolve(generator, image)).max() > 5
 
 
-def test_bf16_stays_near_fp32(generator):
-    image = photo(20, 28)
-    exact, bf16 = (srgan.upscale(generator, image, precision=p) for p in ("fp32", "bf16"))
-    assert 0 < np.abs(exact.astype(int) - bf16).mean() < 2
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2)])
 def test_the_smallest_images_are_upscaled_too_and_views_of_arrays(generator, size):
     image = photo(*size)[::-1]
@@ -115,20 +105,12 @@ def test_the_smallest_images_are_upscaled_too_and_views_of_arrays(generator, siz
         <= 0.501
 
 
-@pytest.mark.parametrize("image", [
-    photo(8, 8)[..., 0], photo(8, 8)[..., :2], photo(8, 8) / 255, photo(8, 8)[None],
-    photo(8, 8).astype(np.int64), photo(8, 8)[:0], torch.from_numpy(photo(8, 8)), None, "a.png"],
-    ids=["grey", "2 channels", "float", "batch", "int64", "empty", "tensor", "None", "path"])
-def test_what_is_no_uint8_rgb_image_is_a_type_error(generator, image):
-    with pytest.raises(TypeError, match=r"uint8 array \[h, w, 3\]"):
-        srgan.upscale(generator, image)
-
-
-def test_progress_ends_at_the_number_of_pixels(generator, capsys):
-    srgan.upscale(generator, photo(20, 28), tile=7)
-    assert capsys.readouterr().err == ""
-    srgan.upscale(generator, photo(20, 28), tile=7, progress=True)
-    assert "0.00/560" in capsys.readouterr().err
+def test_what_is_no_uint8_rgb_image_is_a_type_error(generator):
+    image = photo(8, 8)
+    for wrong in (image[..., 0], image[..., :2], image / 255, image[None], image.astype(np.int64),
+                  image[:0], torch.from_numpy(image), None, "a.png"):
+        with pytest.raises(TypeError, match=r"uint8 array \[h, w, 3\]"):
+            srgan.upscale(generator, wrong)
 
 
 @pytest.mark.cuda

@@ -20,7 +20,7 @@ def results():
     images = [srgan.open_pair(hr) for _, hr, _ in srgan.find_pairs(ROOT / "figures/HR")]
     found = {"bicubic": [(srgan.upsample(lr), hr) for lr, hr in images]}
     for model in MODELS:
-        generator = srgan.optimize_for_inference(srgan.load_generator(ROOT / f"weights/{model}.pth"))
+        generator = srgan.load_generator(ROOT / f"weights/{model}.pth")
         found[model] = [(srgan.upscale(generator, lr), hr) for lr, hr in images]
     return found
 
