@@ -58,8 +58,8 @@ def select(pairs, part, config):
 
 def find_sr(folder, pairs):
     """{stem: SR path}, by names as for LR; all SR may have one more ending. A path may not exist"""
-    sr = srgan.by_name(srgan.find_images(folder))
-    hr = srgan.by_name(path for _, path, _ in pairs)
+    sr = srgan.by_stem(srgan.find_images(folder))
+    hr = {path.stem.removesuffix("_HR"): path for _, path, _ in pairs}
     endings = Counter(name[len(start):] for name in sr for start in hr if name.startswith(start))
     ending = min(endings, key=lambda end: (-endings[end], len(end)), default="")
     return {path.stem: sr.get(name + ending, Path(folder, f"{name}{ending}.png"))

@@ -18,7 +18,7 @@ Sections 1 to 3 are the paper and nothing else. Symbols: G, D, LR, HR, and SR = 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
 """
-import contextlib
+import contextlib  # the imports serve sections 4 to 9; 1 to 3 need torch alone
 import copy
 import functools
 import hashlib
@@ -133,7 +133,7 @@ class Discriminator(nn.Module):
 
 
 # ==================================================================================================
-# 2. Losses. Sec. 2.2, Eq. 3 to 6. All are means over the batch; see each one for its scale.
+# 2. Losses. Sec. 2.2, Eq. 3 to 6. What each mean is taken over stands in its docstring.
 # ==================================================================================================
 
 def mse_loss(sr, hr):
@@ -147,7 +147,7 @@ def mse_loss(sr, hr):
 class ContentNetwork(nn.Module):
     """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
 
-    Sec. 3.2 divides the feature maps by 12.75, which makes Eq. 5 about 0.006 of what it was.
+    Sec. 3.2 divides the feature maps by 12.75, and so Eq. 5 by its square: times 0.006.
     The input is normalised as torchvision's networks expect it.
     """
 
@@ -170,10 +170,10 @@ class TruncatedVGG19(ContentNetwork):
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
     that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
 
-    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. So it does with the
-    *normalised* VGG19 of Gatys et al. (mean activation 1), which the paper's software offered:
-    for phi(2,2) of an SRResNet, 0.0203 against an MSE of 0.0199. Torchvision's VGG19 was trained
-    anew, and its activations have another magnitude; then content_weight is yours to choose.
+    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. That holds for the
+    *normalised* VGG19 of Gatys et al. (mean activation 1): for an SRResNet, VGG22's loss is 0.0203
+    and the MSE 0.0199. It does not hold for torchvision's VGG19, whose activations have another
+    magnitude; there, choose content_weight yourself.
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -214,19 +214,12 @@ def total_variation(sr):
 
 
 def adversarial_loss(D, sr, hr=None):
-    """Eq. 6, l_Gen: -log D(SR), the mean over the batch where Eq. 6 has the sum. -> scalar.
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch where Eq. 6 has the sum. -> scalar
 
-    D gives logits x, and -log(sigmoid(x)) = softplus(-x). `hr` is for losses of section 8.
+    Eq. 2 would have G minimise log(1 - D(SR)); -log D(SR) has the better gradients (Sec. 2.2.2).
+    D gives logits x, and -log(sigmoid(x)) = softplus(-x). `hr`: for relativistic losses.
     """
     return F.softplus(-D(sr)).mean()                              # Eq. 6
-
-
-def discriminator_loss(fake, real):
-    """Eq. 2 as D sees it, to be minimised: -log D(HR) - log(1 - D(SR)). Logits [N] -> scalar.
-
-    fake = D(SR), real = D(HR); -log(1 - sigmoid(x)) = softplus(x).
-    """
-    return F.softplus(-real).mean() + F.softplus(fake).mean()     # Eq. 2, max over D
 
 
 def perceptual_loss(content, adversarial, weight=1e-3):
@@ -236,14 +229,23 @@ def perceptual_loss(content, adversarial, weight=1e-3):
 
 # ==================================================================================================
 # 3. Training. SRResNet minimises a content loss alone (Eq. 1 with l^SR = Eq. 4). SRGAN starts from
-#    it and plays the min-max game of Eq. 2, with the perceptual loss of Eq. 3 as G's side.
+#    it and alternates steps of the game of Eq. 2, where G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
+
+def discriminator_loss(fake, real):
+    """D's side of Eq. 2, negated to be minimised: -log D(HR) - log(1 - D(SR)). -> scalar
+
+    Logits [N]: fake = D(SR), real = D(HR); -log(1 - sigmoid(x)) = softplus(x).
+    """
+    return F.softplus(-real).mean() + F.softplus(fake).mean()     # Eq. 2, max over D
+
 
 class Update:
     """One update: of D, then of G ("we alternate", k = 1, Sec. 3.2); of G alone without a D.
 
     content_losses: {name: (weight, function of SR and HR)}, one of them in the paper. penalties
-    are alike, and join D's loss; they and the two losses before them take what section 8 has.
+    has the same form and is added to D's loss; the paper has none. The last three arguments are
+    where the variants of section 8 come in.
     Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
     {name: scalar tensor}: each loss, unweighted; "loss", the sum that G minimised; and D's mean
     logits.
@@ -275,18 +277,20 @@ class Update:
         return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
     def update_generator(self, sr, hr):
-        """Eq. 1: theta_G minimises l^SR; with a D, this is the min over G of Eq. 2."""
+        """A step towards Eq. 1: theta_G minimises l^SR, Eq. 6 being G's side of Eq. 2."""
         losses = {name: f(sr, hr) for name, (_, f) in self.content_losses.items()}  # Eq. 4 or 5
-        loss = sum(weight * losses[name] for name, (weight, _) in self.content_losses.items())
-        if self.D is not None:
+        content = sum(weight * losses[name] for name, (weight, _) in self.content_losses.items())
+        loss = content                                            # SRResNet
+        if self.D is not None:                                    # SRGAN
             losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
-            loss = perceptual_loss(loss, losses["adversarial"], self.adversarial_weight)  # Eq. 3
+            loss = perceptual_loss(content, losses["adversarial"],
+                                   self.adversarial_weight)                         # Eq. 3
         minimize(loss, self.adam_G)                               # Eq. 1
         return losses | {"loss": loss}
 
 
 def minimize(loss, adam):
-    """One step of Adam (Sec. 3.2: beta1 = 0.9) down the gradient of `loss`."""
+    """One step of Adam (Sec. 3.2) down the gradient of `loss`."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -297,7 +301,8 @@ def minimize(loss, adam):
 # ==================================================================================================
 
 SCALES = (2, 4, 8)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
+            ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # others of Pillow's run programs
 MAX_SIDE = 100_000                                               # pixels; rows take memory, too
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
@@ -488,16 +493,19 @@ def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
-def by_name(paths):
-    """{name: path}; the name without x4, _LR, _HR and the like. InputError where two are alike."""
+def by_stem(paths):
+    """{stem: path}. Raises InputError where two images have the same name."""
     found = {}
     for path in paths:
-        name = re.sub(r"(_SRF_\d)?(_?[LH]R)?(_?x[2348])?$", "", path.stem) or path.stem
-        if name in found:
-            raise InputError(f"{path} and {found[name]} are one image by their names; keep one, or "
-                             "put HR and LR images into folders of their own")
-        found[name] = path
+        if found.setdefault(path.stem, path) is not path:
+            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
     return found
+
+
+def lr_names(stem, scale):
+    """The stems that the LR image of an HR image may have."""
+    endings = "_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}"
+    return [stem, *(stem.removesuffix("_HR") + ending for ending in endings)]
 
 
 def find_hr(folder):
@@ -505,11 +513,14 @@ def find_hr(folder):
     folder = Path(folder)
     folder = folder / "HR" if (folder / "HR").is_dir() else folder
     paths = find_images(folder)
+    stems = {path.with_suffix("") for path in paths}
     for path in paths:
-        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", str(path)[len(str(folder)):], re.I):
-            raise InputError(f"{folder} holds LR images, too ({path}); name the folder of HR")
-    for parent in {path.parent for path in paths}:
-        by_name(path for path in paths if path.parent == parent)
+        below = str(path)[len(str(folder)):]
+        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I) or any(
+                path.with_name(name) in stems for scale in SCALES
+                for name in lr_names(path.stem, scale)[1:]):
+            raise InputError(f"{folder} holds LR images, too (see {path}); put HR and LR images "
+                             "into folders of their own, and name that of HR")
     return paths
 
 
@@ -517,18 +528,21 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
     """[(stem, HR path, LR path or None)] of a folder of HR images, sorted by stem.
 
     The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
-    lr_folder names LR images that lie elsewhere. LR images bear the HR's name, or end in x4, _x4,
+    lr_folder names LR images that are elsewhere. LR images bear the HR's name, or end in x4, _x4,
     _LR, _LRx4 or _LR_x4. Raises InputError for a name that stands twice, an HR without its LR.
     """
     folder = Path(folder)
     if lr_folder is None and (folder / "HR").is_dir():
         usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
         lr_folder = next((path for path in usual if path.is_dir()), None)
-    hr = by_name(find_hr(folder))
-    lr = by_name(find_images(lr_folder)) if lr_folder else dict.fromkeys(hr)
-    if missing := hr.keys() - lr.keys():
-        raise InputError(f"{hr[min(missing)]}: {lr_folder} holds no LR image of this name")
-    return sorted((path.stem, path, lr[name]) for name, path in hr.items())
+    hr = by_stem(find_hr(folder))
+    lr, pairs = by_stem(find_images(lr_folder)) if lr_folder else {}, []
+    for stem, path in sorted(hr.items()):
+        match = next((lr[name] for name in lr_names(stem, scale) if name in lr), None)
+        if lr_folder and match is None:
+            raise InputError(f"{path}: {lr_folder} holds no image of this name")
+        pairs.append((stem, path, match))
+    return pairs
 
 
 def split(paths, shares=(80, 15, 5), validate_on=0):
@@ -659,7 +673,7 @@ class Patches:
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
         self.threads = threads or os.cpu_count()
-        self.window = None
+        self.window, self.named = None, set()
         self.resize(patch_size)
         for store in (hr, lr):
             if self.device.type == "cuda" and store and store.pixels is not None and \
@@ -714,7 +728,9 @@ class Patches:
                 try:
                     found.append(self.cut(*drawn))
                 except InputError as error:
-                    say(f"left out: {error}")
+                    if str(error) not in self.named:             # each image once
+                        self.named.add(str(error))
+                        say(f"left out: {error}")
             if len(found) == n:
                 return [torch.stack(windows) for windows in zip(*found)]
         raise InputError("most of the training images cannot be used")
@@ -1083,8 +1099,8 @@ def copy_zip(file):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A dictionary that torch.save wrote. Nothing in it is executed, and it takes no more memory
-    than twice its file. Raises InputError where it is anything else."""
+    """A dictionary that torch.save wrote. Nothing in it is executed, and reading it takes at
+    most three times its size. Raises InputError where it is anything else."""
     check_file(path)
     try:
         source = io.BytesIO(Path(path).read_bytes())

@@ -44,7 +44,7 @@ from srgan import InputError
 
 ROOT = Path(__file__).parent
 LOSSES = ("loss", *srgan.CONTENT_LOSSES, "adversarial", "discriminator", "d_real", "d_fake")
-SCORES = (name + end for name in srgan.METRICS for end in ("", "_std"))
+SCORES = [name + end for name in srgan.METRICS for end in ("", "_std")]
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *SCORES, "updates_per_s", "memory_mb")
 
 
@@ -67,7 +67,7 @@ def ascending(values):
 
 
 PHI = {f"{name}:{i}" for name, network in srgan.CONTENT_NETWORKS.items() for i in network.layers}
-WEIGHT, YES_NO = between(0, 1e6), one_of(True, False)
+WEIGHT, YES_NO = between(0, 1e6), (lambda value: value in (True, False), "true or false")
 SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowed values), meaning)
     "scale": (one_of(*srgan.SCALES), "how many times larger SR is than LR"),
     "channels": (between(3, 1024), "feature maps of the generator"),
@@ -91,14 +91,14 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "store": (one_of("auto", "always", "never"), "decoded images on disk, or decoded each time"),
     "split": ((lambda v: len(v) == 3 and ints(v, 0) and sum(v) == 100 and v[0] * v[1] > 0,
                "three percentages"), "training, validation and test, where there is no --val"),
-    "validate_on": (between(0, 1e9), "at most so many of them to validate on; 0: all"),
+    "validate_on": (between(0, 1e9), "how many held-out images to validate on; 0: all"),
     "steps_per_epoch": (between(1, 1e9), "updates per epoch"),
     "epochs": (between(1, 1e9), "length of the stage"),
     "lr": (between(1e-12, 10), "learning rate"),
-    "discriminator_lr": (between(0, 10), "the discriminator's; 0: the same"),
+    "discriminator_lr": (between(0, 10), "the discriminator's learning rate; 0: the same"),
     "betas": ((lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
-               "two numbers below 1"), "of Adam"),
-    "schedule": (one_of("constant", "step", "cosine"), "of the learning rate"),
+               "two numbers below 1"), "Adam's beta1 and beta2"),
+    "schedule": (one_of("constant", "step", "cosine"), "how the learning rate changes"),
     "milestones": ((ascending, "epochs"), "step: a tenth of the rate after each"),
     "warmup": (between(0, 1e9), "updates in which the rate rises from 0"),
     "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g[1:], 32, 4096) for g in v)
@@ -106,13 +106,13 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "pixel_loss": (one_of(*srgan.PIXEL_LOSSES), "Eq. 4, or L1 in its place"),
     **{f"{name}_weight": (WEIGHT, f"of the {name} loss") for name in srgan.CONTENT_LOSSES},
     "adversarial_loss": (one_of(*srgan.ADVERSARIAL_LOSSES), "Eq. 2 and 6 (bce), or another game"),
-    "adversarial_weight": (between(1e-12, 1e6), "of Eq. 6 in Eq. 3"),
+    "adversarial_weight": (between(1e-12, 1e6), "weight of the adversarial loss in Eq. 3"),
     **{name: (WEIGHT, "its weight in D's loss") for name in srgan.PENALTIES},
     "discriminator_steps": (between(1, 100), "steps of D to one of G"),
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
-    "even_subpixels": (YES_NO, "keep G from a grid: srgan.even_out_subpixels"),
+    "even_subpixels": (YES_NO, "forbid a grid on plain areas: srgan.even_out_subpixels"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
-    "validate_every": (between(1, 1e9), "epochs"),
+    "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
     "checkpoint_every": (between(0, 1e9), "epochs from one checkpoint_epoch_XXXX.pth to the next"),
     "lpips": (YES_NO, "measure LPIPS, too, which downloads AlexNet"),
     "precision": (one_of("auto", "bf16", "fp32"), "auto: what this machine computes faster"),
@@ -189,8 +189,8 @@ def resolve_config(args, saved=None):
             raise InputError(f"patch_size {size} is no multiple of scale {config['scale']}")
     if stage == "gan" and grow and not config["discriminator"]["pool"]:
         raise InputError("gan.grow needs discriminator.pool, or D's dense layer fits one size only")
-    if not config[stage]["pixel_weight"] and not config[stage]["content_weight"]:
-        raise InputError(f"pixel_weight and content_weight of {stage} are both 0: no tie to HR")
+    if not any(config[stage][f"{name}_weight"] for name in srgan.CONTENT_LOSSES if name != "tv"):
+        raise InputError(f"{stage}: the weights of all losses that compare SR with HR are 0")
     return config
 
 
@@ -258,7 +258,7 @@ class State:
                      for rate, (name, network) in zip(self.base_rates, networks.items())}
         self.sums = {name: torch.zeros((), device=device) for name in LOSSES}
         self.step, self.seconds, self.best, self.baselines = 0, 0.0, {}, {}
-        self.followed = srgan.float_state(self.average), srgan.float_state(networks["generator"])
+        self.ema_pair = srgan.float_state(self.average), srgan.float_state(networks["generator"])
 
     def set_rates(self, factor):
         for rate, adam in zip(self.base_rates, self.adam.values()):
@@ -269,7 +269,7 @@ class State:
         torch._foreach_add_([self.sums[name] for name in losses],
                             [loss.detach().float() for loss in losses.values()])
         self.step += 1
-        srgan.ema_(*self.followed, min(decay, (1 + self.step) / (10 + self.step)))
+        srgan.ema_(*self.ema_pair, min(decay, (1 + self.step) / (10 + self.step)))
 
     def mean_losses(self, n):
         """{name: mean over n updates}; the sums begin anew."""
@@ -287,6 +287,13 @@ class State:
                 **{name: network.state_dict() for name, network in self.networks.items()},
                 **{f"{name}_adam": adam.state_dict()["state"] for name, adam in self.adam.items()}}
 
+    def resume(self, saved):
+        """Restore what a checkpoint saved. Raises InputError."""
+        try:
+            self.restore(saved)
+        except Exception as error:                               # a hostile file raises any type
+            raise InputError(f"it cannot be resumed: {srgan.one_line(error)}") from None
+
     @torch.no_grad()
     def restore(self, saved):
         """Take over a checkpoint. Raises InputError where its structure is not this one's."""
@@ -296,15 +303,17 @@ class State:
         for name, network in self.networks.items():
             if f"{name}_optimizer" in training:                  # of an older version
                 old = training.pop(f"{name}_optimizer")
-                training |= {f"{name}_adam": old["state"], "sums": self.sums}
+                training |= {f"{name}_adam": old["state"], "sums": {}}
             if saved["step"]:
                 like["training"][f"{name}_adam"] = {
                     i: {"step": self.sums["loss"], "exp_avg": p, "exp_avg_sq": p}
                     for i, p in enumerate(network.parameters())}
+        training["sums"] = self.sums | training["sums"]          # a loss may be new
         srgan.check_like({key: saved[key] for key in like}, like, "checkpoint")
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best = {name: {"mean": float(best["mean"]), "std": float(best["std"]),
-                            "epoch": int(best["epoch"])} for name, best in saved["best"].items()}
+                            "epoch": int(best["epoch"])} for name, best in saved["best"].items()
+                     if name in srgan.METRICS and not math.isnan(best["mean"])}
         self.average.load_state_dict(saved["generator"])
         for name, network in self.networks.items():
             network.load_state_dict(training[name])
@@ -323,7 +332,8 @@ class RunFolder:
     def __init__(self, path, args, config, state, pairs, device, start, saved):
         self.path, self.stage, self.config, self.state = path, args.stage, config, state
         self.pairs, self.metrics = pairs, srgan.usable_metrics(config["lpips"], device)
-        self.about = {"stage": args.stage, "data": args.data, "val": args.val or "",
+        self.about = {"stage": args.stage, "data": args.data,
+                      "lr_data": args.lr_data or "", "val": args.val or "",
                       "device": str(device), "torch": torch.__version__}
         (path / "samples").mkdir(parents=True, exist_ok=True)
         self.rows = read_rows(path / "metrics.csv", state.step)  # what came later is done again
@@ -334,9 +344,14 @@ class RunFolder:
         if args.wandb:
             import wandb
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=config)
-        state.baselines["bicubic"] = validate(None, pairs, config, self.metrics)
+        self.measure_baselines(start, saved)
+
+    def measure_baselines(self, start, saved):
+        """Bicubic upscaling, and the network that the stage starts, or started, from."""
+        state = self.state
+        state.baselines["bicubic"] = validate(None, self.pairs, self.config, self.metrics)
         if start:
-            state.baselines["start"] = validate(start, pairs, config, self.metrics)
+            state.baselines["start"] = validate(start, self.pairs, self.config, self.metrics)
         with contextlib.suppress(InputError, KeyError, TypeError):  # of a run that is resumed
             srgan.check_like(saved["baselines"]["start"], state.baselines["bicubic"], "start")
             state.baselines["start"] = saved["baselines"]["start"]
@@ -347,7 +362,8 @@ class RunFolder:
         more = {"training": state.training()} if name == "latest" else {}
         srgan.save_checkpoint(self.path / f"checkpoint_{name}.pth", state.average, best=state.best,
                               stage=self.stage, step=state.step, seconds=state.seconds, **more,
-                              config=self.config, baselines=state.baselines, val=self.about["val"])
+                              config=self.config, baselines=state.baselines,
+                              val=self.about["val"], lr_data=self.about["lr_data"])
 
     def end_epoch(self, row, bar, last):
         """Validate, log and save."""
@@ -442,6 +458,9 @@ def set_up_process(name):
             ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     except ValueError as error:
         raise InputError(f"what torchrun sets, WORLD_SIZE and so on: {error}") from None
+    if not 0 <= rank < world or local < 0:
+        raise InputError(f"RANK {rank} of WORLD_SIZE {world}: start several processes by torchrun, "
+                         "or unset what it left in the environment")
     gpus = torch.cuda.device_count() if name == "auto" or name.startswith("cuda") else 0
     if world > 1 and (":" in name or gpus and local >= gpus):
         raise InputError(f"torchrun gives each process its own GPU, of {gpus}; write --device cuda "
@@ -451,14 +470,17 @@ def set_up_process(name):
         with contextlib.suppress(RuntimeError):                  # pick_device says what is wrong
             torch.cuda.set_device(name)                          # so that no other GPU is opened
     device = srgan.pick_device(name)
-    if world > 1:                                                # hours: rank 0 validates
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))
+    if world > 1:
+        try:                                                     # hours: rank 0 validates
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=12))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"torchrun: {srgan.one_line(error)}") from None
     return device, rank, world, on_machine
 
 
 def set_up_arithmetic(device, config):
-    """Settle the precision, say TF32 or not, and let glibc keep freed memory (CPU: 1.1x)."""
+    """Choose the precision, switch TF32 on or off, and let glibc keep freed memory (CPU: 1.1x)."""
     config["precision"] = srgan.pick_precision(device, config["precision"])
     tf32 = config["precision"] != "fp32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -482,6 +504,8 @@ def open_run(args):
     if not {"training", "config"} <= saved.keys() or saved.get("stage") != args.stage:
         raise InputError(f"{path}: no checkpoint_latest.pth of stage {args.stage}, the only kind "
                          "that can be resumed; start from its generator with --init")
+    if saved.get("lr_data") and not args.lr_data:
+        raise InputError(f"this run was trained with --lr-data {saved['lr_data']}; give it again")
     return out, saved
 
 
@@ -498,7 +522,8 @@ def find_data(args, config):
     parts = srgan.split([hr for _, hr, _ in pairs], config["split"], config["validate_on"])
     if not parts["train"]:
         raise InputError("one image is too few to train on and hold one out; give more, or --val")
-    return [[pair for pair in pairs if pair[1] in set(parts[part])] for part in ("train", "val")]
+    train, val = ({*parts[name]} for name in ("train", "val"))
+    return [[pair for pair in pairs if pair[1] in part] for part in (train, val)]
 
 
 def find_start(args, config):
@@ -512,8 +537,8 @@ def find_start(args, config):
     generator = srgan.load_generator(path)
     for key, value in generator.arch.items():
         if config[key] != value:
-            raise InputError(f"{path} has {key} {value}, the settings have {config[key]}; name a "
-                             "generator that fits with --init")
+            raise InputError(f"{path} has {key} {value}, the settings have {config[key]}; train "
+                             "stage 1 with these settings and name its checkpoint with --init")
     return path, generator
 
 
@@ -579,11 +604,11 @@ def make_update(config, stage, state, device, world=1):
 
 def make_patches(args, config, images, device, rank, on_machine):
     """srgan.Patches of the training images."""
-    hr, lr = (srgan.Store(paths, args.cache, config["store"]) if paths[0] else None
-              for paths in list(zip(*images))[1:])
-    return srgan.Patches(hr, config["patch_size"], config["scale"], config["kernel"],
-                         config["augment"], config["crop_margin"], lr, device, config["seed"], rank,
-                         max(1, os.cpu_count() // on_machine))
+    hr_store, lr_store = (srgan.Store(paths, args.cache, config["store"]) if paths[0] else None
+                          for paths in list(zip(*images))[1:])
+    return srgan.Patches(hr_store, config["patch_size"], config["scale"], config["kernel"],
+                         config["augment"], config["crop_margin"], lr_store, device, config["seed"],
+                         rank, max(1, os.cpu_count() // on_machine))
 
 
 def average_gradients(optimizer, *_):
@@ -598,8 +623,8 @@ def average_gradients(optimizer, *_):
 
 # Training.
 
-def learning_rate(stage, step, steps_per_epoch):
-    """The rate of update `step`, counted from 0, as a part of the base rate."""
+def rate_factor(stage, step, steps_per_epoch):
+    """The factor on the base learning rate at update `step`, counted from 0."""
     factor = min(1, (step + 1) / stage["warmup"]) if stage["warmup"] else 1
     if stage["schedule"] == "step":
         factor *= 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in stage["milestones"])
@@ -631,13 +656,13 @@ def validate(generator, pairs, config, metrics, sample=None):
     for pair in list(pairs):
         name, *paths = pair
         try:
-            lr, hr = srgan.open_pair(*paths, scale, config["kernel"])
-            bicubic = srgan.upsample(lr, scale)
-            sr = srgan.upscale(generator, lr) if generator else bicubic
+            image, hr = srgan.open_pair(*paths, scale, config["kernel"])
+            bicubic = srgan.upsample(image, scale)
+            sr = srgan.upscale(generator, image) if generator else bicubic
             scores.append(srgan.measure(sr, hr, metrics, scale))
             if sample and len(scores) == 1:
                 top, left = (max(0, side - 400) // 2 for side in hr.shape[:2])
-                views = [image[top:top + 400, left:left + 400] for image in (bicubic, sr, hr)]
+                views = [x[top:top + 400, left:left + 400] for x in (bicubic, sr, hr)]
                 with srgan.replacing(sample) as temporary:
                     srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
         except InputError as error:
@@ -648,7 +673,7 @@ def validate(generator, pairs, config, metrics, sample=None):
     return srgan.aggregate(scores)
 
 
-def note_signals():
+def record_signals():
     """A list that SIGINT, SIGTERM and SIGHUP add to; a second one ends the program at once."""
     seen = []
     for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
@@ -656,7 +681,7 @@ def note_signals():
     return seen
 
 
-def agree(flag, world, device):
+def any_process(flag, world, device):
     """Whether the flag is set in any process."""
     total = torch.tensor(float(flag), device=device)
     if world > 1:
@@ -667,26 +692,26 @@ def agree(flag, world, device):
 def train(state, update, data, run, config, stage, world, device):
     """The loop. Ends after the last update, or after the one in which a signal came."""
     values, steps = config[stage], config["steps_per_epoch"]
-    total, signals, stop = values["epochs"] * steps, note_signals(), False
+    total, signals, stop = values["epochs"] * steps, record_signals(), False
     began, epoch_began, first = time.monotonic() - state.seconds, time.monotonic(), state.step
     bar = tqdm(total=total, initial=state.step, unit="update", disable=None if run else True)
     while state.step < total and not stop:
-        rate = learning_rate(values, state.step, steps)
-        state.set_rates(rate)
-        torch.manual_seed(config["seed"] + state.step)           # gradient_penalty draws numbers
+        factor = rate_factor(values, state.step, steps)
+        state.set_rates(factor)
+        torch.manual_seed(config["seed"] + state.step)           # a resumed run draws the same
         losses = update(*next(data))
         state.record(losses, config["ema"])
         state.seconds = time.monotonic() - began
         bar.update()
         end_of_epoch = state.step % steps == 0
-        if end_of_epoch or state.step % 10 == 0 or world == 1 and signals:  # waits for the GPU
+        if end_of_epoch or state.step % 10 == 0 or (world == 1 and signals):  # waits for the GPU
             bar.set_postfix(loss=f"{losses['loss'].item():.4f}", refresh=False)
-            if agree(not state.is_finite(), world, device):
+            if any_process(not state.is_finite(), world, device):
                 raise InputError(f"a loss or a weight is not finite at update {state.step}; the "
                                  "last good state is kept: --resume with a lower --lr")
-            stop = agree(bool(signals), world, device)
+            stop = any_process(bool(signals), world, device)
         if end_of_epoch:
-            row = {"epoch": state.step // steps, "update": state.step, "lr": values["lr"] * rate,
+            row = {"epoch": state.step // steps, "update": state.step, "lr": values["lr"] * factor,
                    "updates_per_s": (state.step - first) / (time.monotonic() - epoch_began),
                    "memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20,
                    **state.mean_losses(steps)}
@@ -697,32 +722,34 @@ def train(state, update, data, run, config, stage, world, device):
 
 
 def main():
+    # The run folder, its settings, and the images.
     args = parse_args()
     out, saved = open_run(args)
     config, stage = resolve_config(args, saved and saved["config"]), args.stage
-    images, pairs = find_data(args, config)
-    path, start = find_start(args, config)
+    train_pairs, val_pairs = find_data(args, config)
+    start_path, start = find_start(args, config)
+
+    # The device, the networks, the update, and its patches.
     device, rank, world, on_machine = set_up_process(args.device)
     set_up_arithmetic(device, config)
     state = State(make_networks(args, config, start, device), config[stage], device)
     if saved:
-        try:
-            state.restore(saved)
-        except Exception as error:
-            raise InputError(f"it cannot be resumed: {srgan.one_line(error)}") from None
+        state.resume(saved)
     total = config[stage]["epochs"] * config["steps_per_epoch"]
     if not 0 <= state.step < total:
         raise InputError(f"the run is complete at update {state.step}; more with --epochs")
     update = make_update(config, stage, state, device, world)
-    patches = make_patches(args, config, images, device, rank, on_machine)
+    patches = make_patches(args, config, train_pairs, device, rank, on_machine)
+
+    # Training.
     run = None
     if rank == 0:                                                # it validates, logs and saves
-        run = RunFolder(out, args, config, state, pairs, device, start, saved)
+        run = RunFolder(out, args, config, state, val_pairs, device, start, saved)
         run.save()                                               # there is always one to resume
-        print(f"{stage} on {device}, {config['precision']}: {len(images)} images, {len(pairs)} to "
-              f"validate on (bicubic {srgan.describe(state.baselines['bicubic'])}), updates "
-              f"{state.step} to {total}, into {out}" + f", starting from {path}" * bool(path),
-              flush=True)
+        bicubic = srgan.describe(state.baselines["bicubic"])
+        print(f"{stage} on {device}, {config['precision']}: {len(train_pairs)} images, "
+              f"{len(val_pairs)} to validate on (bicubic {bicubic}), updates {state.step} to "
+              f"{total}, into {out}" + f", starting from {start_path}" * bool(start), flush=True)
     data = batches(patches, config, stage, state.step, total)
     train(state, update, data, run, config, stage, world, device)
     if run:

@@ -26,8 +26,8 @@ import srgan
 from srgan import Image, InputError, tqdm
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
-           ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP",
+           ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
 SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 OPAQUE = ("JPEG", "BMP", "PPM")                      # no transparency
 LONGEST = {"JPEG": 65_535, "WEBP": 16_383}           # pixels to a side

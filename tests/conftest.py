@@ -80,8 +80,9 @@ def no_network(monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def one_thread():
+    """On tensors this small a second thread only costs time, on a busy machine much of it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_what_it_left_is_replaced(
         srgan.save_checkpoint(file, generator)
     assert file.read_text() == '"old"\n' and list(tmp_path.iterdir()) == [file]
     temporary.write_text("left by a killed process"), link.symlink_to(file)
-    srgan.write_json(link, "new")
+    with open(file) as reader:                                   # goes on in the old file
+        srgan.write_json(link, "new")
+        assert reader.read() == '"old"\n'
     assert link.is_symlink() and file.read_text() == '"new"\n' and not temporary.exists()
 
 

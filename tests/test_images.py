@@ -226,3 +226,16 @@ def test_pairs_are_found_by_stem_and_usual_endings(tmp_path):
         srgan.find_pairs(tmp_path, tmp_path / "elsewhere")
     with pytest.raises(srgan.InputError, match="expected 4x4"):
         srgan.open_pair(tmp_path / "HR/a.png", tmp_path / "LR_bicubic_x4/a.png", scale=2)
+
+
+def test_names_that_only_look_like_lr_are_names(tmp_path):
+    (tmp_path / "hr").mkdir(), (tmp_path / "lr").mkdir()
+    for name in ("max2.png", "max3.png", "box2.png"):
+        Image.fromarray(photo(16, 16)).save(tmp_path / "hr" / name)
+        Image.fromarray(photo(4, 4)).save(tmp_path / "lr" / name.replace(".png", "x4.png"))
+    assert len(srgan.find_hr(tmp_path / "hr")) == 3
+    for stem, hr, lr in srgan.find_pairs(tmp_path / "hr", tmp_path / "lr"):
+        assert lr.stem == f"{stem}x4"
+    (tmp_path / "lr/max2x4.png").rename(tmp_path / "hr/max2x4.png")
+    with pytest.raises(srgan.InputError, match="LR images, too"):
+        srgan.find_hr(tmp_path / "hr")

@@ -73,7 +73,7 @@ def test_every_setting_refuses_what_it_cannot_be_by_its_name(name):
     ('gan.betas=[0.9,"x"]', "gan.betas"), ("gan.milestones=[5,2]", "gan.milestones"),
     ("kernel=lanczos", "bicubic, gaussian"), ("content_network=vgg19:9_9", "5_4"),
     ("patch_size=90", "patch_size 90"), ("gan.pixel_loss=huber", "mse, l1"),
-    ("split=[80,15,6]", "split"), ("gan.content_weight=0", "both 0"),
+    ("split=[80,15,6]", "split"), ("gan.content_weight=0", "compare SR with HR are 0"),
     ("srresnet.r1_penalty=1", "unknown setting srresnet.r1_penalty"),
     ("discriminator.first_kernel=4", "1, 3, 5"), ("gan.grow=[[2]]", "gan.grow"),
     ("gan.grow=[[2,128]]", "discriminator.pool"), ("gan.grow=[[3,64],[2,96]]", "gan.grow"),

@@ -210,7 +210,7 @@ def test_the_result_is_the_moving_average_with_its_decay(run, updates, start, tm
 def test_the_learning_rate_follows_its_schedule():
     def rates(**changes):
         stage = {"epochs": 10, "schedule": "constant", "milestones": [3, 6], "warmup": 0, **changes}
-        return [train.learning_rate(stage, step, 10) for step in range(100)]
+        return [train.rate_factor(stage, step, 10) for step in range(100)]
     expected = {"constant": [1] * 100, "step": [1] * 30 + [0.1] * 30 + [0.01] * 40,
                 "cosine": [(1 + math.cos(math.pi * step / 100)) / 2 for step in range(100)]}
     for schedule, cold in expected.items():
@@ -520,3 +520,53 @@ def test_both_stages_train_on_the_gpu_by_a_graph_as_without(run, tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
     run("gan", "--device", "cuda", "--out", "gan-auto", "--resume", epochs=3, steps=8)
     assert latest(tmp_path / "gan-auto")["step"] == 24
+
+
+def test_a_run_from_before_a_loss_was_added_resumes(run, tmp_path):
+    run("srresnet")
+    folder = tmp_path / "runs/srresnet"
+    state = latest(folder)
+    del state["training"]["sums"]["tv"], state["config"]["srresnet"]["tv_weight"]
+    torch.save(state, folder / "checkpoint_latest.pth")
+    run("srresnet", "--resume", *options(srresnet__tv_weight=1), epochs=2)
+    assert [float(row["tv"]) > 0 for row in rows(folder)] == [False, True]
+
+
+@pytest.mark.parametrize("best", [{("p", 2): {"mean": 1.0, "std": 0.0, "epoch": 1}},
+                                  {"psnr": {"mean": math.nan, "std": 0.0, "epoch": 1}}])
+def test_a_best_that_is_none_is_forgotten_and_measured_anew(run, tmp_path, best):
+    run("srresnet")
+    folder = tmp_path / "runs/srresnet"
+    torch.save(latest(folder) | {"best": best}, folder / "checkpoint_latest.pth")
+    run("srresnet", "--resume", epochs=2)
+    assert latest(folder)["best"]["psnr"]["epoch"] == 2
+
+
+def test_a_resumed_paired_run_wants_its_lr_images_again(run, photos, tmp_path):
+    for path in photos.iterdir():
+        with Image.open(path) as image:
+            (tmp_path / "lr").mkdir(exist_ok=True)
+            image.resize([n // 4 for n in image.size]).save(tmp_path / "lr" / path.name)
+    run("srresnet", "--lr-data", tmp_path / "lr")
+    assert "--lr-data" in run("srresnet", "--resume", epochs=2, fails=True)
+    run("srresnet", "--resume", "--lr-data", tmp_path / "lr", epochs=2)
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "-1"},
+                                         {"WORLD_SIZE": "2", "RANK": "0"}])
+def test_what_a_torchrun_left_in_the_environment_is_one_line(run, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun" in run("srresnet", "--device", "cpu", fails=True)
+
+
+def test_dividing_a_large_folder_takes_no_time(monkeypatch):
+    """Linear: as many look-ups as images, not their square."""
+    paths, hashed = [Path(f"{i}.png") for i in range(3000)], []
+    monkeypatch.setattr(srgan, "find_hr", lambda folder: paths)
+    monkeypatch.setattr(Path, "__hash__", lambda path, real=Path.__hash__: (
+        hashed.append(1), real(path))[1])
+    args = types.SimpleNamespace(data=["x"], lr_data=None, val=None)
+    config = {"scale": 4, "kernel": "bicubic", "split": [95, 5, 0], "validate_on": 20}
+    train_pairs, val_pairs = train.find_data(args, config)
+    assert len(train_pairs) == 2980 and len(val_pairs) == 20 and len(hashed) < 10 * len(paths)
