@@ -1446,7 +1446,7 @@ class FastPReLU(nn.PReLU):
     """PReLU with one slope; on the CPU its gradient takes half the time of torch's."""
 
     def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return PReLUFunction.apply(x, self.weight)
         return super().forward(x)
 

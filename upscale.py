@@ -32,7 +32,7 @@ SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 OPAQUE = ("JPEG", "BMP", "PPM")                      # no transparency
 LONGEST = {"JPEG": 65_535, "WEBP": 16_383}           # pixels to a side
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".pdf", ".svg", ".cr2", ".cr3",
-              ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf")
+              ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".tga", ".exr", ".eps", ".ico")
 
 
 def parse_args():

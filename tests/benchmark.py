@@ -118,7 +118,8 @@ def plain_update(config, stage, state):
     """srgan.Update without anything of section 9: fp32, eager, channels-first, torch's Adam."""
     networks = {name: network.to(memory_format=torch.contiguous_format)
                 for name, network in state.networks.items()}
-    adam = {name: torch.optim.Adam(network.parameters(), 1e-4) for name, network in networks.items()}
+    adam = {name: torch.optim.Adam(network.parameters(), 1e-4)
+            for name, network in networks.items()}
     if stage == "srresnet":
         return srgan.Update(networks["generator"], adam["generator"],
                             {"pixel": (1.0, srgan.mse_loss)})

@@ -560,6 +560,19 @@ def test_what_a_torchrun_left_in_the_environment_is_one_line(run, monkeypatch, e
     assert "torchrun" in run("srresnet", "--device", "cpu", fails=True)
 
 
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("bf16", True)])
+def test_fp32_means_no_tf32_either(precision, allowed):
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = not allowed
+    train.set_up_arithmetic(torch.device("cpu"), {"precision": precision})
+    now = [flag.allow_tf32 for flag in flags]
+    for flag, value in zip(flags, before):
+        flag.allow_tf32 = value
+    assert now == [allowed, allowed]
+
+
 def test_dividing_a_large_folder_takes_no_time(monkeypatch):
     """Linear: as many look-ups as images, not their square."""
     paths, hashed = [Path(f"{i}.png") for i in range(3000)], []
