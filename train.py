@@ -569,14 +569,15 @@ def make_update(config, stage, state, device, world=1):
         config["compile"] == "auto" and device.type == "cuda" and find_spec("triton"))
 
     def fast(network):
-        network = srgan.Fast(network.to(device, memory_format=torch.channels_last), precision)
+        network = srgan.Fast(network, precision)
         return torch.compile(network) if compiled else network
 
     use = SimpleNamespace(pixel_loss=values["pixel_loss"], phi=None)
     if values["content_weight"]:
         name, _, layer = config["content_network"].partition(":")
-        use.phi = fast(srgan.CONTENT_NETWORKS[name](layer, config["content_weights"],
-                                                    config["content_divisor"]))
+        phi = srgan.CONTENT_NETWORKS[name](layer, config["content_weights"],
+                                           config["content_divisor"])
+        use.phi = fast(phi.to(device, memory_format=torch.channels_last))
     losses = {name: (values[f"{name}_weight"], functools.partial(loss, use=use))
               for name, loss in srgan.CONTENT_LOSSES.items() if values.get(f"{name}_weight")}
     networks, adam = state.networks, state.adam

@@ -35,7 +35,6 @@ cheaper gradient of PReLU; memory that is kept, not returned; at inference, fold
 """
 import argparse
 import csv
-import json
 import multiprocessing
 import statistics
 import subprocess

@@ -2,7 +2,6 @@
 import copy
 import functools
 import io
-import os
 import pickle
 import struct
 import subprocess

@@ -2,7 +2,6 @@
 import csv
 import functools
 import json
-import os
 from pathlib import Path
 
 import numpy as np

@@ -7,7 +7,6 @@ import copy
 import fcntl
 import os
 import random
-import resource
 import subprocess
 import sys
 import time

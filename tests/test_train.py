@@ -174,7 +174,7 @@ def test_steps_are_those_of_plain_adam_with_the_settings_betas_and_rates(
              for name, network in networks.items()}
     for number, update in enumerate(updates, 1):
         lr, hr = (x.double() for x in update.batch)
-        G, D, sr = networks["G"], networks.get("D"), networks["G"](lr)
+        sr, D = networks["G"](lr), networks.get("D")
         losses = {"G": lambda: (hr - sr).square().mean()}
         if stage == "gan":
             losses = {"D": lambda: (softplus(-D(hr)) + softplus(D(sr.detach()))).mean(),
