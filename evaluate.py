@@ -52,8 +52,7 @@ def select(pairs, part, config):
     shares, validate_on = config.get("split", [80, 15, 5]), config.get("validate_on", 0)
     if type(shares) is not list or [type(n) for n in (*shares, validate_on)] != [int] * 4:
         raise InputError("the first checkpoint has no valid split; leave --split out")
-    chosen = {*srgan.split([hr for _, hr, _ in pairs], shares, validate_on)[part]}
-    return [pair for pair in pairs if pair[1] in chosen]
+    return srgan.split(pairs, shares, validate_on)[part]
 
 
 def find_sr(folder, pairs):

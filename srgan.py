@@ -545,18 +545,19 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
     return pairs
 
 
-def split(paths, shares=(80, 15, 5), validate_on=0):
-    """{"train", "val", "test"}: the paths, divided by percentages.
+def split(pairs, shares=(80, 15, 5), validate_on=0):
+    """{"train", "val", "test"}: the pairs of find_pairs, divided by percentages.
 
-    In the order of the names' SHA-256, so alike on every machine; val and test have at least one
+    By the SHA-256 of HR's file names, so alike on every machine; val and test have at least one
     image where their share is not 0. Of val, all beyond `validate_on`, if not 0, go to train.
     """
-    ranked = sorted(paths, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(),
-                                             path.as_posix()))
+    ranked = sorted(pairs, key=lambda pair: (
+        hashlib.sha256(os.fsencode(pair[1].name)).digest(), pair[1].as_posix()))
     val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
     held_out = min(val, validate_on or val)
-    return {"val": ranked[:held_out], "test": ranked[val:val + test],
-            "train": sorted(ranked[held_out:val] + ranked[val + test:])}
+    parts = {"val": ranked[:held_out], "test": ranked[val:val + test],
+             "train": ranked[held_out:val] + ranked[val + test:]}
+    return {name: sorted(part, key=lambda pair: pair[1]) for name, part in parts.items()}
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):

@@ -519,11 +519,10 @@ def find_data(args, config):
         pairs = [(path.stem, path, None) for path in sorted(paths)]
     if args.val:
         return pairs, srgan.find_pairs(args.val, scale=scale, kernel=kernel)
-    parts = srgan.split([hr for _, hr, _ in pairs], config["split"], config["validate_on"])
+    parts = srgan.split(pairs, config["split"], config["validate_on"])
     if not parts["train"]:
         raise InputError("one image is too few to train on and hold one out; give more, or --val")
-    train, val = ({*parts[name]} for name in ("train", "val"))
-    return [[pair for pair in pairs if pair[1] in part] for part in (train, val)]
+    return parts["train"], parts["val"]
 
 
 def find_start(args, config):

@@ -250,8 +250,8 @@ def test_the_parts_of_a_split_are_those_of_training(measured, tmp_path):
         document = measured("--data", "faces", "--split", name, *args)
         return set(document["models"]["bicubic"]["images"])
     parts = {name: part(name) for name in ("train", "val", "test")}
-    for name, paths in srgan.split([*(tmp_path / "faces").iterdir()]).items():
-        assert parts[name] == {path.stem for path in paths}
+    for name, pairs in srgan.split(srgan.find_pairs(tmp_path / "faces")).items():
+        assert parts[name] == {stem for stem, *_ in pairs}
     srgan.save_checkpoint(tmp_path / "g.pth", srgan.Generator(channels=4, n_blocks=1),
                           config={"split": [80, 15, 5], "validate_on": 2})
     val, train = part("val", "--ckpt", "g.pth"), part("train", "--ckpt", "g.pth")

@@ -228,17 +228,18 @@ def test_a_store_is_complete_or_not_there(photos, tmp_path, monkeypatch, full_di
 # The split
 
 def test_a_split_holds_each_image_once_and_depends_on_the_names_alone(tmp_path):
-    paths = [tmp_path / f"{i}.png" for i in range(40)]
-    parts = srgan.split(paths, (80, 15, 5))
+    pairs = [(f"{i}", tmp_path / f"{i}.png", None) for i in range(40)]
+    parts = srgan.split(pairs, (80, 15, 5))
     assert {name: len(part) for name, part in parts.items()} == {"train": 32, "val": 6, "test": 2}
-    assert sorted(sum(parts.values(), [])) == sorted(paths)
-    elsewhere = srgan.split([tmp_path / "other" / path.name for path in paths[::-1]], (80, 15, 5))
-    assert {path.name for path in elsewhere["val"]} == {path.name for path in parts["val"]}
-    assert parts["val"] != sorted(paths)[:6]                     # not the first by name
-    few = srgan.split(paths, (80, 15, 5), validate_on=2)
-    assert few == {"train": few["train"], "val": parts["val"][:2], "test": parts["test"]}
-    assert {*few["train"]} == {*parts["train"], *parts["val"][2:]}
-    two = srgan.split(paths[:2], (95, 5, 0))
+    assert sorted(sum(parts.values(), [])) == sorted(pairs)
+    elsewhere = srgan.split([(stem, tmp_path / "other" / path.name, None)
+                             for stem, path, _ in pairs[::-1]], (80, 15, 5))
+    assert {pair[0] for pair in elsewhere["val"]} == {pair[0] for pair in parts["val"]}
+    assert parts["val"] != sorted(pairs)[:6]                     # not the first by name
+    few = srgan.split(pairs, (80, 15, 5), validate_on=2)
+    assert len(few["val"]) == 2 and {*few["val"]} < {*parts["val"]}
+    assert few["test"] == parts["test"] and sorted(sum(few.values(), [])) == sorted(pairs)
+    two = srgan.split(pairs[:2], (95, 5, 0))
     assert (len(two["train"]), len(two["val"]), two["test"]) == (1, 1, [])
-    odd = srgan.Path(os.fsdecode(b"not-utf8-\xff.png"))
+    odd = "odd", srgan.Path(os.fsdecode(b"not-utf8-\xff.png")), None
     assert srgan.split([odd], (100, 0, 0))["train"] == [odd]
