@@ -1286,19 +1286,6 @@ def start_as_nearest(generator):
     generator.tail.bias.fill_(-1.25)                             # nearly to [-1, 1]
 
 
-@torch.no_grad()
-def even_out_subpixels(generator):
-    """After a step of G: the four filters that one feature map's sub-pixels come from get the same
-    sum and bias, so that plain areas can have no grid. The condition is that of Sugawara et al.
-    2018, arXiv:1806.02658; a young D has no other way to forbid it.
-    """
-    for conv in generator.upsample[::3]:
-        total = conv.weight.sum((2, 3)).unflatten(0, (-1, 4))                   # [64, 4, 64]
-        excess = (total - total.mean(1, keepdim=True)).flatten(0, 1)            # [256, 64]
-        conv.weight -= excess[:, :, None, None] / conv.weight[0, 0].numel()
-        conv.bias.copy_(conv.bias.view(-1, 4).mean(1).repeat_interleave(4))
-
-
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
 INITS = {"nearest": start_as_nearest, "torch": lambda generator: None}
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
@@ -1318,12 +1305,51 @@ class TruncatedSqueezeNet(ContentNetwork):
         super().__init__(load_features(features, weights, url), divisor)
 
 
+def grid_loss(sr, hr, scale=4, window=8):
+    """What sets the scale^2 places within an LR pixel apart, as in no photo: mean and strength.
+
+    The mean of SR - HR at each place, over windows of 8x8 LR pixels, where texture cancels out and
+    a grid stays; and how far the strength of SR's detail at each place is from that of all places,
+    over the patch: dots in rows. [N, 3, H, W] twice, multiples of scale -> scalar.
+    """
+    error = F.pixel_unshuffle(sr - hr, scale)                    # [N, 3 x 16, h, w]
+    error = F.avg_pool2d(error, min(window, *error.shape[2:]))   # [N, 3 x 16, h / 8, w / 8]
+    detail = sr - F.avg_pool2d(sr, 5, 1, 2, count_include_pad=False)
+    power = F.pixel_unshuffle(detail, scale).square().mean((2, 3)).unflatten(1, (3, -1))
+    strength = power.add(1e-4).sqrt()                            # [N, 3, 16]; 0.01: a grey level
+    uneven = strength - strength.mean(2, keepdim=True)
+    return error.abs().mean() + uneven.abs().mean()
+
+
+def fourier_loss(sr, hr, window=16):
+    """The amplitude loss of Fuoli et al. 2021, arXiv:2106.00783: mean |amplitude of SR - of HR|.
+
+    In grey and two colour differences, over the frequencies of half-overlapping Hann windows.
+    How much texture of a kind there is counts, and not where each hair lies.
+    [N, 3, H, W] twice -> scalar.
+    """
+    hann = torch.hann_window(window, periodic=False, device=sr.device)
+    hann = hann / hann.square().mean().sqrt()
+
+    def amplitudes(x):
+        r, g, b = x.float().unbind(1)
+        x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)
+        x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
+        return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
+
+    with torch.no_grad():
+        target = amplitudes(hr)
+    return (amplitudes(sr) - target).abs().mean()
+
+
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the setting <name>_weight
     "pixel": lambda sr, hr, use: PIXEL_LOSSES[use.pixel_loss](sr, hr),
     "content": lambda sr, hr, use: content_loss(use.phi, sr, hr),
     "tv": lambda sr, hr, use: total_variation(sr),
+    "grid": lambda sr, hr, use: grid_loss(sr, hr, use.scale),
+    "fourier": lambda sr, hr, use: fourier_loss(sr, hr),
 }
 
 

@@ -110,7 +110,6 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     **{name: (WEIGHT, "its weight in D's loss") for name in srgan.PENALTIES},
     "discriminator_steps": (between(1, 100), "steps of D to one of G"),
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
-    "even_subpixels": (YES_NO, "forbid a grid on plain areas: srgan.even_out_subpixels"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
     "checkpoint_every": (between(0, 1e9), "epochs from one checkpoint_epoch_XXXX.pth to the next"),
@@ -119,7 +118,7 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "compile": (one_of("auto", "yes", "no"), "torch.compile; auto: on CUDA"),
     "seed": (between(0, 2 ** 62), "of initialisation and patches"),
 }
-RETIRED = {"recoveries", "keep", "grid_weight", "spectrum_weight", "stationarity_weight", "shift"}
+RETIRED = {"recoveries", "keep", "shift", "spectrum_weight", "stationarity_weight"}
 
 
 def change(config, changes, prefix=""):
@@ -571,7 +570,7 @@ def make_update(config, stage, state, device, world=1):
         network = srgan.Fast(network, precision)
         return torch.compile(network) if compiled else network
 
-    use = SimpleNamespace(pixel_loss=values["pixel_loss"], phi=None)
+    use = SimpleNamespace(pixel_loss=values["pixel_loss"], scale=config["scale"], phi=None)
     if values["content_weight"]:
         name, _, layer = config["content_network"].partition(":")
         phi = srgan.CONTENT_NETWORKS[name](layer, config["content_weights"],
@@ -586,9 +585,6 @@ def make_update(config, stage, state, device, world=1):
     generator = fast(networks["generator"])
     if stage == "srresnet":
         return srgan.Update(generator, adam["generator"], losses)
-    if values["even_subpixels"]:
-        adam["generator"].register_step_post_hook(
-            lambda *_: srgan.even_out_subpixels(networks["generator"]))
     plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}

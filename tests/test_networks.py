@@ -168,13 +168,34 @@ def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch)
             srgan.TruncatedVGG19("2_2")
 
 
-def test_even_subpixels_leave_no_grid_on_plain_areas():
-    g = srgan.Generator(channels=8, n_blocks=1, init="torch").eval()
-    plain, textured = torch.full((1, 8, 9, 9), 0.3), torch.rand(1, 8, 9, 9)
-    centre = (..., slice(12, -12), slice(12, -12))               # away from the zeros around it
-    assert g.upsample(plain)[centre].std((2, 3)).max() > 1e-3
-    srgan.even_out_subpixels(g)
-    assert g.upsample(plain)[centre].std((2, 3)).max() < 1e-6 < g.upsample(textured).std()
-    before = [p.clone() for p in g.parameters()]
-    srgan.even_out_subpixels(g)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(before, g.parameters()))
+@pytest.mark.parametrize("scale", srgan.SCALES)
+def test_the_grid_loss_sees_what_prefers_a_place_in_the_lr_pixel_and_nothing_else(scale):
+    hr, texture = (0.2 * torch.randn(4, 1, 16 * scale, 24 * scale).expand(-1, 3, -1, -1)
+                   for _ in range(2))
+    pattern = 0.1 * torch.randn(3, scale, scale)
+    grid = pattern.repeat(1, 16, 24)[None]
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 12)   # not alike in each LR pixel
+    signs = signs.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    seen, unseen = (srgan.grid_loss(x, x - sr, scale)            # HR = 0, the same unevenness
+                    for x, sr in ((grid, grid), (grid, grid * signs)))
+    assert (seen - unseen).item() == pytest.approx(pattern.abs().mean().item(), rel=1e-4)
+    place = torch.zeros(scale, scale)
+    place[1, -1] = scale                                         # all of the energy at one place
+    same, dots = (srgan.grid_loss(x, hr, scale) for x in (texture, texture * place.repeat(16, 24)))
+    assert dots > 2 * same and srgan.grid_loss(hr, hr, scale) < 0.5 * same
+    part = torch.zeros(1, 3, 4 * scale, 4 * scale)               # smaller than a window
+    assert srgan.grid_loss(part + 1, part, scale).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_the_fourier_loss_lets_texture_lie_anywhere_but_wants_its_strength_and_grain():
+    """All of these differ from HR by about the same in every pixel."""
+    x = torch.arange(96) * 2 * torch.pi / 4
+    wave, moved = (0.3 * f(x).expand(1, 3, 96, 96) for f in (torch.sin, torch.cos))
+    assert srgan.fourier_loss(moved, wave) < 0.01 * srgan.fourier_loss(0 * wave, wave)
+    hr, other, colourful = (0.2 * torch.randn(4, n, 96, 96).expand(4, 3, 96, 96) for n in (1, 1, 3))
+    other.requires_grad_()
+    texture, *worse = (srgan.fourier_loss(sr, hr) for sr in (
+        other, 0 * hr, 0.2 * 2 ** 0.5 * torch.sin(x).expand(4, 3, 96, 96), colourful))
+    assert texture < 0.7 * min(worse)                            # a blur, regular waves, colours
+    texture.backward()
+    assert other.grad.isfinite().all() and other.grad.any() and srgan.fourier_loss(hr, hr) == 0

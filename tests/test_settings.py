@@ -38,10 +38,10 @@ def test_settings_come_from_the_base_a_preset_a_file_set_and_flags_in_this_order
 
 
 def test_a_setting_that_was_retired_is_ignored_with_one_line(tmp_path, capsys, one_line):
-    (tmp_path / "c.json").write_text('{"gan": {"grid_weight": 3}}')
+    (tmp_path / "c.json").write_text('{"gan": {"shift": 7}}')
     assert resolve("--config", tmp_path / "c.json") == BASE
     err = capsys.readouterr().err
-    assert "gan.grid_weight" in err and "no longer a setting" in err
+    assert "gan.shift" in err and "no longer a setting" in err
     one_line(err)
     assert resolve(saved={"recoveries": 3, "keep": 2}) == BASE
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -138,6 +138,8 @@ SOURCES = {  # what the paper and the projects fix, written down once more
     "srgan-vgg22": VGG22 | ADVERSARIAL | {"gan.pixel_weight": 0, "gan.content_weight": 1},
     "srgan-vgg54": PAPER,
     "quick": {"lpips": False},
+    "nogrid": VGG22 | {"gan.content_weight": 1, "content_divisor": 12.75,
+                       "gan.adversarial_loss": "bce", "gan.freeze_batch_norm": True},
     "div2k": TWO_DOMAINS | {"augment": "all"},
     "celeba": TWO_DOMAINS | {"augment": "flip", "crop_margin": 0.1, "split": [80, 15, 5],
                              "validate_on": 0},

@@ -148,14 +148,6 @@ def test_without_init_or_stage_1_stage_2_starts_from_the_bundled_weights(
     assert status == 0 and "weights/srresnet.pth\n" in out, err
 
 
-def test_even_subpixels_hold_after_every_step_of_the_generator(run, updates):
-    run("gan", *options(gan__even_subpixels=True))
-    for update in updates:
-        for layer in (update.after["G"].upsample[i] for i in (0, 3)):
-            total = layer.weight.sum((2, 3)).unflatten(0, (-1, 4))
-            assert (total - total[:, :1]).abs().max() < 1e-5 < total.abs().max()
-
-
 @pytest.mark.parametrize("stage, settings", [
     ("srresnet", {"srresnet__betas": [0.5, 0.6], "srresnet__warmup": 8}),
     ("gan", {"gan__betas": [0.0, 0.5], "gan__discriminator_lr": 3e-4}),
