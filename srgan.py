@@ -1390,6 +1390,28 @@ ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) 
 PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
 
 
+class ShiftedUpdate(Update):
+    """Each step sees SR and HR moved together, at random and cyclically, by 0 to `shift` pixels.
+
+    The strides of D and the pooling of phi favour some places of the pixel grid. Where SR never
+    moves against them, G answers with a pattern of 2 pixels.
+    """
+
+    def __init__(self, *args, shift=7):
+        super().__init__(*args)
+        self.shift = shift
+
+    def move(self, *images):
+        down, right = torch.randint(self.shift + 1, (2,)).tolist()
+        return [image.roll((down, right), (2, 3)) for image in images]
+
+    def update_discriminator(self, sr, hr):
+        return super().update_discriminator(*self.move(sr, hr))
+
+    def update_generator(self, sr, hr):
+        return super().update_generator(*self.move(sr, hr))
+
+
 class CriticSteps:
     """Gulrajani et al. 2017: several steps of D, each on a batch of its own, to one step of G."""
 

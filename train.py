@@ -109,6 +109,7 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "adversarial_weight": (between(1e-12, 1e6), "weight of the adversarial loss in Eq. 3"),
     **{name: (WEIGHT, "its weight in D's loss") for name in srgan.PENALTIES},
     "discriminator_steps": (between(1, 100), "steps of D to one of G"),
+    "shift": (between(0, 64), "move SR and HR together by up to so many pixels before the losses"),
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
@@ -118,7 +119,7 @@ SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowe
     "compile": (one_of("auto", "yes", "no"), "torch.compile; auto: on CUDA"),
     "seed": (between(0, 2 ** 62), "of initialisation and patches"),
 }
-RETIRED = {"recoveries", "keep", "shift", "spectrum_weight", "stationarity_weight"}
+RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}
 
 
 def change(config, changes, prefix=""):
@@ -588,12 +589,15 @@ def make_update(config, stage, state, device, world=1):
     plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
-    update = srgan.Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
-                          adam["discriminator"], values["adversarial_weight"],
-                          *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
+    Update = functools.partial(srgan.ShiftedUpdate, shift=values["shift"]) \
+        if values["shift"] else srgan.Update
+    update = Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
+                    adam["discriminator"], values["adversarial_weight"],
+                    *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
     if values["discriminator_steps"] > 1:
         update = srgan.CriticSteps(update)
-    if device.type == "cuda" and world == 1 and config["compile"] != "no" and not penalties:
+    if device.type == "cuda" and world == 1 and config["compile"] != "no" \
+            and not penalties and not values["shift"]:           # neither can be captured
         update = srgan.Graphed(update, device)
     return update
 

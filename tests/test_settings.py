@@ -38,10 +38,10 @@ def test_settings_come_from_the_base_a_preset_a_file_set_and_flags_in_this_order
 
 
 def test_a_setting_that_was_retired_is_ignored_with_one_line(tmp_path, capsys, one_line):
-    (tmp_path / "c.json").write_text('{"gan": {"shift": 7}}')
+    (tmp_path / "c.json").write_text('{"gan": {"stationarity_weight": 7}}')
     assert resolve("--config", tmp_path / "c.json") == BASE
     err = capsys.readouterr().err
-    assert "gan.shift" in err and "no longer a setting" in err
+    assert "gan.stationarity_weight" in err and "no longer a setting" in err
     one_line(err)
     assert resolve(saved={"recoveries": 3, "keep": 2}) == BASE
     assert len(capsys.readouterr().err.splitlines()) == 2

@@ -183,3 +183,17 @@ def test_penalties_work_in_bf16_as_in_fp32(name, norm):
                                     if p.grad is not None]))
     assert gradients[0].norm() > 0
     assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_shifted_steps_see_sr_and_hr_moved_together():
+    game, seen, moves = Game(), [], set()
+    losses = {"pixel": (1.0, lambda sr, hr: seen.append((sr, hr)) or srgan.mse_loss(sr, hr))}
+    update = srgan.ShiftedUpdate(game.G, game.adam_G, losses, game.D, game.adam_D, shift=3)
+    for _ in range(20):
+        sr = game.G(game.lr)
+        update(game.lr, game.hr)
+        move, = [(y, x) for y in range(4) for x in range(4)
+                 if torch.equal(game.hr.roll((-y, -x), (2, 3)), seen[-1][1])]
+        assert torch.allclose(sr.roll((-move[0], -move[1]), (2, 3)), seen[-1][0])
+        moves.add(move)
+    assert len(moves) > 5
