@@ -1,7 +1,7 @@
 """Section 9: the fast forms compute what Fig. 4 and torch compute."""
 import contextlib
 import copy
-import types
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -59,12 +59,6 @@ def test_optimizing_for_inference_changes_nothing_but_the_layers(block, generato
             assert (g(x) - g.train()(x)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:77", ""])
-def test_a_device_that_cannot_be_used_is_one_line(name):
-    with pytest.raises(srgan.InputError, match=r"^device .* cannot be used.*; take .*cpu.*$"):
-        srgan.pick_device(name)
-
-
 @pytest.mark.parametrize("seconds, faster", [
     ({torch.float32: 1, torch.bfloat16: 3}, "fp32"),
     ({torch.float32: 3, torch.bfloat16: 1}, "bf16"), ({torch.float32: 1}, "fp32")])
@@ -99,10 +93,8 @@ def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
     def capture(graph, capture_error_mode):
         yield
         graph.input, graph.result = calls[-1]
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {"Stream": lambda device: stream, "current_stream": lambda: stream,
-                        "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": Graph,
-                        "graph": capture}.items():
+    for name, value in {"Stream": MagicMock(), "stream": MagicMock(), "CUDAGraph": Graph,
+                        "current_stream": MagicMock(), "graph": capture}.items():
         monkeypatch.setattr(torch.cuda, name, value, raising=False)
     graphed = srgan.Graphed(double, torch.device("cpu"))
     for shape in ((2,), (3,)):
