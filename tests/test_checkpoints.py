@@ -29,7 +29,8 @@ def refuse(path, words=""):
     with pytest.raises(srgan.InputError, match=words) as error, warnings.catch_warnings():
         warnings.simplefilter("error")                           # nor does anything warn
         srgan.load_generator(path)
-    assert path.name in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert path.name in message and "\n" not in message and len(message) < 400
 
 
 # Saving and loading
@@ -91,22 +92,28 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, 
 def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path):
     good, whole = torch.load(path), path.read_bytes()
     weights, huge = good["generator"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
+    bias = weights["tail.bias"]                                  # float32 [3]
 
     def change(key, value, **arch):
         return {**good, "generator": {**weights, key: value}, "arch": {**good["arch"], **arch}}
 
     def arch(**changes):
-        return change("tail.bias", weights["tail.bias"], **changes)
-    strange = [
-        (change("tail.bias", weights["tail.bias"] * torch.nan), "not finite"),
-        (change("tail.bias", torch.zeros(4)), r"no tensor of torch.float32 \(3,\)"),
+        return change("tail.bias", bias, **changes)
+    strange = [(change("tail.bias", other), r"tail.bias is no tensor of torch.float32 \(3,\)")
+               for other in (bias.double(), bias.int(), bias[:2], torch.zeros(()).expand(3),
+                             bias.to("meta"), bias.to_sparse(), bias.tolist())]
+    strange += [
+        (change("tail.bias", bias * torch.nan), "tail.bias is not finite"),
+        (change("more", bias), "more is on one side"), (arch(extra=1), "extra is on one side"),
         (change("tail.weight", huge, channels=10 ** 6), "no generator can be"),
-        (arch(channels=10 ** 9), "no generator can be"), (arch(scale=2), "not a generator"),
-        (arch(n_blocks=10 ** 12), "no generator can be"), (arch(block="x"), "no generator can be"),
+        (arch(channels=10 ** 9), "no generator can be"), (arch(block="x"), "no generator can be"),
+        (arch(n_blocks=10 ** 12), "no generator can be"), (arch(scale=2), "not a generator"),
         (arch(scale=2 ** 40), "no generator can be"), (arch(**{"\n": 1}), "not a generator"),
+        (arch(n_blocks=3.0), "n_blocks must be of type int"), (arch(tanh=1), "must be of type"),
+        (arch(block=LAUGHS), "block must be of type str"),
         ({**good, "arch": None}, "no checkpoint of train.py"),
         ({"state_dict": weights}, "no checkpoint of train.py"),    # of another project
-        ([1, 2], "no checkpoint but a list"), (weights["tail.bias"], "no checkpoint but a Tensor")]
+        ([1, 2], "no checkpoint but a list"), (bias, "no checkpoint but a Tensor")]
 
     def refuse_all():
         for content, words in strange:
@@ -146,24 +153,6 @@ def test_of_two_directories_in_a_file_the_one_that_was_checked_is_read(path):
     state = torch.load(path)
     path.write_bytes(faults.two_directories(state))
     assert same(srgan.load_checkpoint(path), state)
-
-
-# What is loaded has the structure of what it replaces
-
-def test_check_like_takes_what_is_alike_and_names_what_differs():
-    moments = torch.zeros(2, 3)
-    fresh = {"step": 3, "loss": 0.5, "name": "a", "adam": {"0": moments}}
-    srgan.check_like({**fresh, "step": 5, "loss": -1.0, "adam": {"0": moments + 1}}, fresh, "x")
-    strange = [("step", 3.0), ("step", True), ("loss", torch.nan), ("name", LAUGHS), ("adam", {})]
-    strange += [("adam", {"0": tensor}) for tensor in (
-        moments.T, moments.double(), moments.int(), moments / 0, torch.zeros(1, 3).expand(2, 3),
-        moments.to("meta"), moments.to_sparse(), [[0.0]])]
-    for key, value in strange:
-        with pytest.raises(srgan.InputError, match=rf"^x.{key}[^\n]{{9,99}}$"):
-            srgan.check_like({**fresh, key: value}, fresh, "x")
-    for saved in {**fresh, "more": 1}, {"step": 3}, None:
-        with pytest.raises(srgan.InputError, match="^x does not fit: .* is on one side$"):
-            srgan.check_like(saved, fresh, "x")
 
 
 def test_importing_srgan_changes_nothing_in_the_host_program():

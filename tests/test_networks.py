@@ -114,30 +114,21 @@ def test_phi_is_torchvisions_network_up_to_a_layer(name, layer, n_layers):
     assert torch.allclose(other(x), 12.75 * phi(x), rtol=1e-5)
 
 
-def test_content_weights_come_from_a_whole_network_or_from_features_alone(tmp_path):
-    phi = srgan.TruncatedVGG19("2_2", "random")
-    features = {key: value + 1 for key, value in phi.features.state_dict().items()}
-    whole = {f"features.{key}": value.half() for key, value in features.items()}
-    torch.save({**whole, "classifier.0.weight": torch.zeros(3)}, tmp_path / "whole.pth")
-    torch.save(features, tmp_path / "features.pth")
-    for name in ("whole.pth", "features.pth"):
-        loaded = srgan.TruncatedVGG19("2_2", tmp_path / name).features.state_dict()
-        assert all(torch.allclose(loaded[key], features[key], atol=2e-3) for key in features)
-    with pytest.raises(srgan.InputError, match="whole.pth.*features.10.weight"):
-        srgan.TruncatedVGG19("3_1", tmp_path / "whole.pth")
-
-
-def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
+def test_content_weights_are_downloaded_once_and_checked_or_come_from_a_file(tmp_path, monkeypatch):
+    """... which may hold the whole network or the layers needed, as the downloaded one does."""
     state = srgan.TruncatedVGG19("1_1", "random").features.state_dict()
-    wrong = tmp_path / "vgg19-01234567.pth"                      # its hash begins otherwise
-    torch.save({f"features.{key}": value + 1 for key, value in state.items()}, wrong)
+    wrong, bare = tmp_path / "vgg19-01234567.pth", tmp_path / "features.pth"   # another hash
+    torch.save({f"features.{key}": value.half() + 1 for key, value in state.items()}, wrong)
+    torch.save({key: value + 1 for key, value in state.items()}, bare)
     digest = hashlib.sha256(wrong.read_bytes()).hexdigest()
     good = shutil.copy(wrong, tmp_path / f"vgg19-{digest[:8]}.pth")
     monkeypatch.setattr(srgan, "VGG19_URL", good.as_uri())
-    for _ in range(2):                                           # the second from the cache
-        loaded = srgan.TruncatedVGG19("1_1").features[0].weight
-        assert torch.equal(loaded, state["0.weight"] + 1)
+    for weights in ("imagenet", wrong, bare, "imagenet"):        # the last from the cache
+        loaded = srgan.TruncatedVGG19("1_1", weights).features[0].weight
+        assert torch.allclose(loaded, state["0.weight"] + 1, atol=2e-3)
         good.unlink(missing_ok=True)
+    with pytest.raises(srgan.InputError, match="vgg19-01234567.pth.*features.2.weight"):
+        srgan.TruncatedVGG19("1_2", wrong)
     os.truncate(tmp_path / "torch-home/hub/checkpoints" / good.name, 1000)
     for path in (good, wrong, tmp_path / "vgg19-76543210.pth"):  # cut off, wrong, missing
         monkeypatch.setattr(srgan, "VGG19_URL", path.as_uri())

@@ -72,9 +72,9 @@ def test_impossible_settings_are_refused_with_what_would_be_possible(setting, wo
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "no JSON"), ('{"seed": 1} x', "no JSON"), ("", "no JSON"), ("[" * 10 ** 5, "no JSON"),
-    ("[1]", "group of settings"), ('{"gan": [1]}', "gan"), ('{"seed": NaN}', "seed must be"),
-    ('\ufeff{"seed": -1}', "seed must be"), ('{"presets": {}}', "presets")])
+    ("{", "no JSON"), ("", "no JSON"), ("[" * 10 ** 5, "no JSON"), ("[1]", "group of settings"),
+    ('{"seed": NaN}', "seed must be"), ('\ufeff{"seed": -1}', "seed must be"),
+    ('{"presets": {}}', "presets")])
 def test_a_configuration_file_that_is_none_is_one_line(tmp_path, one_line, text, words):
     (tmp_path / "c.json").write_text(text, encoding="utf-8")
     with pytest.raises(srgan.InputError, match=words) as error:

@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import randomised, same
 from torch import nn
 
 import srgan
@@ -46,17 +46,15 @@ def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
-def test_optimizing_for_inference_changes_nothing_but_the_layers(block, generator):
-    g = generator if block == "residual" else randomised(
-        srgan.make_generator(block, channels=8, n_blocks=1)).eval()
-    state = copy.deepcopy(g.state_dict())
-    folded, x = srgan.optimize_for_inference(g), torch.rand(1, 3, 20, 20)
+def test_optimizing_for_inference_changes_nothing_but_the_layers(block):
+    g, x = srgan.make_generator(block, channels=8, n_blocks=2), torch.rand(2, 3, 20, 20)
+    randomised(g)(x)                                             # batch norm sees something
+    state = copy.deepcopy(g.eval().state_dict())
+    folded = srgan.optimize_for_inference(g)
     assert not any(isinstance(m, (nn.BatchNorm2d, nn.PReLU)) for m in folded.modules())
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), g.state_dict().values()))
+    assert same({**state}, {**g.state_dict()})
     with torch.no_grad():
-        assert torch.allclose(folded(x), g(x), atol=1e-5)
-        if block == "residual":                                  # the norms do something
-            assert (g(x) - g.train()(x)).abs().max() > 1e-2
+        assert torch.allclose(folded(x), g(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("seconds, faster", [
