@@ -55,16 +55,13 @@ def run(script, photos, start):
 
 @pytest.fixture
 def updates(monkeypatch):
-    """Of each update: its batch, and copies of the networks before and after it."""
+    """[(batch, (G, D) before the update, (G, D) after it)]"""
     seen, real = [], srgan.Update.__call__
 
     def call(update, *batch):
-        def networks():
-            return {name: copy.deepcopy(fast.network)
-                    for name, fast in (("G", update.G), ("D", update.D)) if fast}
-        before = networks()
+        before = copy.deepcopy((update.G, update.D))
         result = real(update, *batch)
-        seen.append(types.SimpleNamespace(batch=batch, before=before, after=networks()))
+        seen.append((batch, before, copy.deepcopy((update.G, update.D))))
         return result
     monkeypatch.setattr(srgan.Update, "__call__", call)
     return seen
@@ -126,21 +123,19 @@ def test_networks_move_by_their_rates_betas_and_warmup(run, updates, setting, ra
     """Where both betas are 0, Adam moves each weight by its rate, whatever the gradient."""
     run("gan", "--lr", "1e-4", steps=3,
         *options(gan__betas=[0, 0], gan__discriminator_lr=setting, gan__warmup=2))
-    for update, factor in zip(updates, (0.5, 1, 1), strict=True):
-        for name, rate in ("G", 1e-4), ("D", rate_of_d):
-            for before, after in zip(update.before[name].parameters(),
-                                     update.after[name].parameters()):
-                moved = (after - before).abs().mean().item()
-                assert moved == pytest.approx(factor * rate, rel=0.05), name
+    for (_, before, after), factor in zip(updates, (0.5, 1, 1), strict=True):
+        for *networks, rate in zip(before, after, (1e-4, rate_of_d)):
+            for p, moved in zip(*(network.parameters() for network in networks)):
+                assert (moved - p).abs().mean().item() == pytest.approx(factor * rate, rel=0.05)
 
 
 def test_the_result_is_the_moving_average_with_its_decay(run, updates, start, tmp_path):
     """... which rises to the setting from 2 / 11, so that the first weights are soon forgotten."""
     run("srresnet", "--lr", "1e-2", *options(ema=0.3), epochs=2, steps=3)
     average = srgan.load_generator(start).state_dict()
-    for number, update in enumerate(updates, 1):
+    for number, (_, _, (G, _)) in enumerate(updates, 1):
         share = 1 - min(0.3, (1 + number) / (10 + number))
-        for key, value in update.after["G"].state_dict().items():
+        for key, value in G.network.state_dict().items():
             average[key] = average[key] + share * (value - average[key])
     result = latest(tmp_path / "runs/srresnet")["generator"]
     assert all(torch.allclose(result[key], average[key], rtol=1e-5, atol=1e-6)
@@ -189,7 +184,7 @@ def test_paired_training_takes_lr_from_its_folder(run, photos, updates, tmp_path
     assert "--lr-data" in run("srresnet", "--resume", epochs=2, fails=True)
     run("srresnet", "--resume", "--lr-data", "lr", epochs=2)
     colours = {tuple(image.mean((1, 2)).mul(255).round().int().tolist())
-               for update in updates for image in update.batch[0]}
+               for (lr, _), *_ in updates for image in lr}
     assert len(colours) > 3 and all(c[0] % 40 == 0 and c[1:] == (7, 9) for c in colours)
     (tmp_path / "lr/p3x4.png").unlink()
     assert "p3.png" in run("srresnet", "--lr-data", "lr", "--out", "b", fails=True)
