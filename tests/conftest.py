@@ -73,7 +73,8 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_without_weights_of_the_users(monkeypatch, tmp_path):
+def alike_everywhere(monkeypatch, tmp_path):
+    """Random numbers from one seed; weights in the user's cache are neither found nor left."""
     torch.manual_seed(0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     srgan.load_lpips.cache_clear()
