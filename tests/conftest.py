@@ -73,8 +73,9 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    """No test finds or leaves weights in the user's cache."""
+def alike_everywhere(monkeypatch, tmp_path):
+    """Random numbers from one seed; weights in the user's cache are neither found nor left."""
+    torch.manual_seed(0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     srgan.load_lpips.cache_clear()
 
@@ -83,11 +84,6 @@ def no_network(monkeypatch, tmp_path):
 def one_thread():
     """On tensors this small a second thread only costs time, on a busy machine much of it."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 @pytest.fixture

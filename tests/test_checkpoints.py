@@ -1,8 +1,7 @@
 """Section 7: files that come back as they were, and hostile ones that do no harm."""
-import copy
-import functools
 import io
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import LAUGHS, OLD, ROOT, memory, photo, same
-from torch import nn
+from conftest import LAUGHS, OLD, ROOT, memory, photo, randomised, same
 
 import srgan
 
@@ -31,16 +29,15 @@ def refuse(path, words=""):
     with pytest.raises(srgan.InputError, match=words) as error, warnings.catch_warnings():
         warnings.simplefilter("error")                           # nor does anything warn
         srgan.load_generator(path)
-    assert path.name in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert path.name in message and "\n" not in message and len(message) < 400
 
 
 # Saving and loading
 
 @pytest.mark.parametrize("arch", [{}, {"block": "rrdb"}, {"scale": 2, "tanh": False}])
 def test_generators_come_back_as_they_were(arch, tmp_path):
-    g = srgan.make_generator(**{"channels": 4, "n_blocks": 2, **arch})
-    for p in g.parameters():
-        nn.init.normal_(p)
+    g = randomised(srgan.make_generator(**{"channels": 4, "n_blocks": 2, **arch}))
     g(torch.rand(2, 3, 8, 8))
     srgan.save_checkpoint(tmp_path / "g.pth", g, stage="srresnet", step=3)
     loaded = srgan.load_generator(tmp_path / "g.pth")
@@ -48,13 +45,6 @@ def test_generators_come_back_as_they_were(arch, tmp_path):
     assert same({**loaded.state_dict()}, {**g.state_dict()})
     state = srgan.load_checkpoint(tmp_path / "g.pth")
     assert (state["stage"], state["step"]) == ("srresnet", 3)
-    assert [file.name for file in tmp_path.iterdir()] == ["g.pth"]
-    state["generator"] = {key: value.half() if value.is_floating_point() else value
-                          for key, value in state["generator"].items()}
-    torch.save(state, tmp_path / "half.pth")                     # as the bundled weights are
-    for key, value in srgan.load_generator(tmp_path / "half.pth").state_dict().items():
-        assert value.dtype == g.state_dict()[key].dtype
-        assert torch.allclose(value, g.state_dict()[key], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(OLD.glob("*.pth")), ids=lambda path: path.stem)
@@ -87,143 +77,82 @@ def test_a_write_that_fails_leaves_the_old_file_and_what_it_left_is_replaced(
 
 # Hostile files
 
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "least"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     content, path = {"generator": {"w": faults.Code()}, "arch": faults.Code()}, Path("evil.pth")
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
-    elif form == "least":                                        # that torch takes for a checkpoint
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("evil/data.pkl", pickle.dumps(content, protocol=2))
-            archive.writestr("evil/version", "3\n")
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     refuse(path, "no checkpoint of plain tensors")
     assert not Path("code-ran").exists()
 
 
-def strange_states(good):
-    """{name: (what is in the file, words of the message)}"""
-    weights = good["generator"]
-    bias, huge = weights["tail.bias"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
+def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path):
+    good, whole = torch.load(path), path.read_bytes()
+    weights, huge = good["generator"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
+    bias = weights["tail.bias"]                                  # float32 [3]
 
-    def change(key, value):
-        return {**good, "generator": {**weights, key: value}}
+    def change(key, value, **arch):
+        return {**good, "generator": {**weights, key: value}, "arch": {**good["arch"], **arch}}
 
     def arch(**changes):
-        return {**good, "arch": {**good["arch"], **changes}}
-    return {
-        "more": (change("tail.more", bias), "tail.more is on one side"),
-        "nan": (change("tail.bias", bias * torch.nan), "not finite"),
-        "shape": (change("tail.bias", torch.zeros(4)), r"no tensor of torch.float32 \(3,\)"),
-        "expanded": ({**change("tail.weight", huge), **arch(channels=10 ** 6)}, "no generator"),
-        "wide": (arch(channels=10 ** 9), "no generator can be"),
-        "deep": (arch(n_blocks=10 ** 12), "no generator can be"),
-        "scale": (arch(scale=2 ** 40), "no generator can be"),
-        "x2": (arch(scale=2), "not a generator"), "block": (arch(block="x"), "no generator can be"),
-        "laughs": (arch(block=LAUGHS), "arch.block must be of type str"),
-        "extra": (arch(extra=1), "extra is on one side"), "keys": (arch(**{"\n": 1}), "not a gen"),
-        "none": ({**good, "arch": None}, "no checkpoint of train.py"),
-        "other project": ({"state_dict": weights}, "no checkpoint of train.py"),
-        "list": ([1, 2], "no checkpoint but a list"), "tensor": (bias, "but a Tensor")}
-
-
-def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path):
-    states = strange_states(torch.load(path))
-    for name, (content, _) in states.items():
-        torch.save(content, tmp_path / f"{name}.pth")
+        return change("tail.bias", bias, **changes)
+    strange = [(change("tail.bias", other), r"tail.bias is no tensor of torch.float32 \(3,\)")
+               for other in (bias.double(), bias.int(), bias[:2], torch.zeros(()).expand(3),
+                             bias.to("meta"), bias.to_sparse(), bias.tolist())]
+    strange += [
+        (change("tail.bias", bias * torch.nan), "tail.bias is not finite"),
+        (change("more", bias), "more is on one side"), (arch(extra=1), "extra is on one side"),
+        (change("tail.weight", huge, channels=10 ** 6), "no generator can be"),
+        (arch(channels=10 ** 9), "no generator can be"), (arch(block="x"), "no generator can be"),
+        (arch(n_blocks=10 ** 12), "no generator can be"), (arch(scale=2), "not a generator"),
+        (arch(scale=2 ** 40), "no generator can be"), (arch(**{"\n": 1}), "not a generator"),
+        (arch(n_blocks=3.0), "n_blocks must be of type int"), (arch(tanh=1), "must be of type"),
+        (arch(block=LAUGHS), "block must be of type str"),
+        ({**good, "arch": None}, "no checkpoint of train.py"),
+        ({"state_dict": weights}, "no checkpoint of train.py"),    # of another project
+        ([1, 2], "no checkpoint but a list"), (bias, "no checkpoint but a Tensor")]
 
     def refuse_all():
-        for name, (_, words) in states.items():
-            refuse(tmp_path / f"{name}.pth", words)
+        for content, words in strange:
+            torch.save(content, path)
+            refuse(path, words)
     assert memory(refuse_all) < 50
-    for content in path.read_bytes()[:9000], b"hello", b"":
-        (tmp_path / "cut.pth").write_bytes(content)
-        refuse(tmp_path / "cut.pth", "no checkpoint of plain tensors")
+    for content in whole[:9000], b"hello", b"":
+        path.write_bytes(content)
+        refuse(path, "no checkpoint of plain tensors")
     for file in (tmp_path / "absent.pth", tmp_path):
         refuse(file, "no such file|not a file")
 
 
-def plain_zip(path, n_entries, size, method=zipfile.ZIP_STORED):
-    """A checkpoint of n_entries storages of `size` zero bytes each, {"0": tensor, ...}."""
-    torch.save({str(i): torch.zeros(size, dtype=torch.uint8) for i in range(n_entries)}, path)
-    source = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for entry in source.infolist():
-            archive.writestr(entry.filename, source.read(entry))
-
-
-compressed = functools.partial(plain_zip, method=zipfile.ZIP_DEFLATED)
-
-
-def overlap(path, n_entries, size):
-    """The same, the storages all on the bytes of one."""
-    plain_zip(path, n_entries, size)
-    source = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-    with zipfile.ZipFile(path, "w") as archive:
-        for entry in source.infolist():
-            if entry.filename.split("/data/")[-1] in map(str, range(1, n_entries)):
-                archive.filelist.append(copy.copy(first))
-                archive.filelist[-1].filename = entry.filename
-            else:
-                archive.writestr(entry.filename, source.read(entry))
-            if entry.filename.endswith("/data/0"):
-                first = archive.filelist[-1]
-
-
-def two_directories(path, n_entries, size):
-    """The same; the end record names one directory, zipfile reads that before the end record."""
-    overlap(path, n_entries, size)
-    content = path.read_bytes()
-    length, start = struct.unpack("<II", content[-10:-2])
-    harmless, at = bytearray(content[start:start + length]), 0
-    while at < length:                                           # entries without any bytes
-        harmless[at + 20:at + 28] = bytes(8)
-        at += 46 + sum(struct.unpack("<HHH", harmless[at + 28:at + 34]))
-    path.write_bytes(content[:-22] + harmless + content[-22:])
-
-
-def bytes_from_nothing(path, n_entries, size):
-    """A pickle that asks for an array of bytes of a size that it names."""
-    number = struct.pack("<i", n_entries * size)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\nJ" + number + b"\x85R.")
+def bytes_from_nothing(state, rng):
+    """A pickle that asks for an array of 100 MB."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\nJ"
+                         + struct.pack("<i", 10 ** 8) + b"\x85R.")
         archive.writestr("a/version", "3\n")
+    return content.getvalue()
 
 
-@pytest.mark.parametrize("bomb", [overlap, two_directories, bytes_from_nothing, compressed],
-                         ids=["overlap", "directories", "bytes", "compressed"])
-def test_a_small_file_takes_no_more_memory_than_its_size(bomb, tmp_path):
-    bomb(tmp_path / "bomb.pth", 100, 1_000_000)                  # 100 MB when unpacked
-    assert (tmp_path / "bomb.pth").stat().st_size < 3e6
-    assert memory(lambda: refuse(tmp_path / "bomb.pth", "of plain tensors")) < 30
-    plain_zip(tmp_path / "plain.pth", 3, 100_000)                # the same without a trick
-    assert list(srgan.load_checkpoint(tmp_path / "plain.pth")) == ["0", "1", "2"]
+@pytest.mark.parametrize("size, bomb", [
+    (5 * 10 ** 7, faults.HOSTILE["compressed entries"]),
+    (10 ** 6, faults.HOSTILE["repeated entries"]), (0, bytes_from_nothing)],
+    ids=["compressed", "repeated", "bytes"])
+def test_a_small_file_takes_no_more_memory_than_its_size(tmp_path, size, bomb):
+    path = tmp_path / "bomb.pth"                                 # 50 to 100 MB when unpacked
+    path.write_bytes(bomb({"0": torch.zeros(size, dtype=torch.uint8)}, random.Random(0)))
+    assert path.stat().st_size < 3e6
+    assert memory(lambda: refuse(path, "of plain tensors")) < 30
 
 
-# What is loaded has the structure of what it replaces
-
-def test_check_like_takes_what_is_alike_and_names_what_differs():
-    fresh = {"step": 3, "loss": 0.5, "name": "a", "adam": {"0": {"exp_avg": torch.zeros(2, 3)}}}
-    srgan.check_like({**fresh, "step": 5, "loss": -1.0, "name": "b"}, fresh, "training")
-    changed = [({**fresh, "step": 3.0}, "training.step must be of type int"),
-               ({**fresh, "step": True}, "training.step must be of type int"),
-               ({**fresh, "loss": float("nan")}, "training.loss"),
-               ({**fresh, "loss": float("inf")}, "training.loss"),
-               ({**fresh, "name": LAUGHS}, "training.name must be of type str"),
-               ({**fresh, "adam": {}}, "training.adam does not fit: 0 is on one side"),
-               ({**fresh, "more": 1}, "training does not fit: more is on one side"),
-               (None, "training does not fit"), ([], "does not fit")]
-    for tensor in (torch.zeros(3, 2), torch.zeros(2, 3).double(), torch.zeros(2, 3).int(), 0.0,
-                   torch.zeros(1, 3).expand(2, 3), torch.full((2, 3), torch.nan),
-                   torch.zeros(2, 3, device="meta"), torch.zeros(2, 3).to_sparse(), [[0.0]]):
-        changed.append(({**fresh, "adam": {"0": {"exp_avg": tensor}}}, "adam.0.exp_avg"))
-    for saved, words in changed:
-        with pytest.raises(srgan.InputError, match=words) as error:
-            srgan.check_like(saved, fresh, "training")
-        assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+def test_of_two_directories_in_a_file_the_one_that_was_checked_is_read(path):
+    """In the other, which torch would read, all entries lie on the bytes of one."""
+    state = torch.load(path)
+    path.write_bytes(faults.two_directories(state))
+    assert same(srgan.load_checkpoint(path), state)
 
 
 def test_importing_srgan_changes_nothing_in_the_host_program():
