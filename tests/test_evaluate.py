@@ -53,13 +53,15 @@ def expected(upscale, **options):
     return np.array(values)
 
 
-def test_table_json_and_csv_hold_what_was_measured(run):
-    status, out, _ = run("--ckpt", "tiny.pth", "--data", "set", "--per-image",
+@pytest.mark.parametrize("options, channels, shave", [((), "Y", 4),
+                                                      (("--rgb", "--shave", "0"), "RGB", 0)])
+def test_table_json_and_csv_hold_what_was_measured_by_the_protocol(run, options, channels, shave):
+    status, out, _ = run("--ckpt", "tiny.pth", "--data", "set", "--per-image", *options,
                          "--json", "new/r.json", "--csv", "r.csv")
     assert status == 0 and out.splitlines()[-1] == "wrote new/r.json, r.csv"
     document = json.loads(Path("new/r.json").read_text())
     assert document["data"] == "set" and document["scale"] == 4
-    assert document["protocol"] == {"channels": "Y", "shave": 4, "bits": 8,
+    assert document["protocol"] == {"channels": channels, "shave": shave, "bits": 8,
                                     "lr": "LR images of the folder"}
     generator = srgan.load_generator("tiny.pth")
     upscaling = {"nearest": lambda lr: lr.repeat(4, 0).repeat(4, 1), "bicubic": srgan.upsample,
@@ -69,7 +71,8 @@ def test_table_json_and_csv_hold_what_was_measured(run):
     for model, upscale in upscaling.items():
         got = document["models"][model]
         line = next(line for line in out.splitlines() if line.startswith(model))
-        for column, name, digits in zip(expected(upscale).T, ("psnr", "ssim"), (2, 4)):
+        values = expected(upscale, shave=shave, luma=channels == "Y")
+        for column, name, digits in zip(values.T, ("psnr", "ssim"), (2, 4)):
             assert got[name] == pytest.approx({"mean": column.mean(), "std": column.std()},
                                               abs=1e-2)
             one_by_one = [got["images"][f"i{i}"][name] for i in range(3)]
@@ -77,14 +80,7 @@ def test_table_json_and_csv_hold_what_was_measured(run):
             assert one_by_one == [float(row[name]) for row in rows if row["model"] == model]
             assert " ± ".join(f"{x:.{digits}f}" for x in got[name].values()) in line
         assert got["lpips"] is None and got["images"]["i0"]["lpips"] is None
-    assert out.count("  i2 ") == 3 and "on Y, 4 border pixels" in out
-
-
-def test_rgb_and_shave_change_the_protocol_and_the_output_says_so(measured):
-    document = measured("--data", "set", "--rgb", "--shave", "0")
-    assert document["protocol"] | {"channels": "RGB", "shave": 0} == document["protocol"]
-    values = expected(srgan.upsample, luma=False, shave=0)
-    assert document["models"]["bicubic"]["psnr"]["mean"] == pytest.approx(values[:, 0].mean())
+    assert out.count("  i2 ") == 3 and f"on {channels}, {shave} border pixels" in out
 
 
 def test_lr_is_made_from_hr_or_taken_from_elsewhere(measured):
@@ -182,35 +178,28 @@ def test_lpips_is_measured_or_said_to_be_missing(script, monkeypatch):
     def fail(url, *args, **options):
         asked.append(url)
         raise OSError("no network")
-
-    def run():
-        status, _, err = script("evaluate", "--data", "set", "--json", "r.json")
-        assert status == 0, err
-        return json.loads(Path("r.json").read_text())["models"]["bicubic"], err
     monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
-    got, err = run()
-    assert got["lpips"] is None and "LPIPS is not available (no network); fetch" in err
-    assert asked == [srgan.ALEXNET_URL] and asked[0] in err
-    monkeypatch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
-    got, _ = run()                                               # its network's weights are random
-    assert got["lpips"]["mean"] > 0 and all(image["lpips"] > 0 for image in got["images"].values())
+    command = ("evaluate", "--data", "set", "--json", "r.json")
+    for missing in (True, False):
+        status, _, err = script(*command)
+        got = json.loads(Path("r.json").read_text())["models"]["bicubic"]["lpips"]
+        assert status == 0 and (got is None) == missing, err
+        assert missing == (f"LPIPS is not available (no network); fetch {srgan.ALEXNET_URL}" in err)
+        monkeypatch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
+    assert asked == [srgan.ALEXNET_URL]
 
 
 def test_the_parts_of_a_split_are_those_of_training(measured):
     for i in range(40):
         write("faces", i, photo(24, 24, i), "{:06d}.png")
-
-    def part(name, *args):
-        document = measured("--data", "faces", "--split", name, *args)
-        return set(document["models"]["bicubic"]["images"])
-    parts = {name: part(name) for name in ("train", "val", "test")}
-    for name, pairs in srgan.split(srgan.find_pairs("faces")).items():
-        assert parts[name] == {stem for stem, *_ in pairs}
     srgan.save_checkpoint("g.pth", srgan.Generator(channels=4, n_blocks=1),
                           config={"split": [80, 15, 5], "validate_on": 2})
-    val, train = part("val", "--ckpt", "g.pth"), part("train", "--ckpt", "g.pth")
-    assert len(val) == 2 and val < parts["val"]                  # training used the others
-    assert train == parts["train"] | parts["val"] - val
+    pairs = srgan.find_pairs("faces")
+    for more, parts in (((), srgan.split(pairs)),
+                        (("--ckpt", "g.pth"), srgan.split(pairs, (80, 15, 5), 2))):
+        for name, part in parts.items():
+            document = measured("--data", "faces", "--split", name, *more)
+            assert [*document["models"]["bicubic"]["images"]] == [stem for stem, *_ in part]
 
 
 def test_results_never_take_the_place_of_inputs(run, tmp_path, one_line):

@@ -92,6 +92,8 @@ def test_tiffs_that_would_be_misread_are_refused_and_their_likes_are_not(tmp_pat
         with pytest.raises(srgan.InputError, match="a.tif: only unsigned 8-bit and 16-bit TIFF"):
             srgan.open_image(tiff(path, pixels, **tags))
     assert is_opened_as(tiff(path, 255 - grey.astype("u1"), photometric=0), "L", grey)
+    image = srgan.open_image(tiff(path, grey.astype("u1"), t34675=(3, [7])))
+    assert "icc_profile" not in image.info                       # a number for a profile
     rgb16 = (LEVELS[..., :3] * 257).astype("<u2")
     assert is_opened_as(tiff(path, rgb16, [16] * 3, 2, t339=(3, [1] * 3)), "RGB", LEVELS[..., :3])
 
@@ -135,7 +137,10 @@ def test_exif_data_that_is_broken_is_ignored_and_orientation_is_applied(tmp_path
     exif[0x0112] = 6                                             # the camera was held upright
     for data in (exif, b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", exif.tobytes()[:20]):
         image.save(tmp_path / name, exif=data)
-        assert srgan.open_image(tmp_path / name).size == ((16, 40) if data is exif else (40, 16))
+        opened = srgan.open_image(tmp_path / name)
+        assert opened.size == ((16, 40) if data is exif else (40, 16)) and not opened.getexif()
+    Image.fromarray(photo(16, 40)).save(tmp_path / "a.tif", dpi=(4e9, 4e9))
+    assert "dpi" not in srgan.open_image(tmp_path / "a.tif").info
 
 
 @pytest.mark.filterwarnings("ignore")                            # of bombs
