@@ -185,17 +185,12 @@ def test_the_store_holds_the_images_and_decodes_only_what_is_new(tmp_path, monke
     assert len(opened) == 2
 
 
-def test_a_store_is_complete_or_not_there(photos, tmp_path, monkeypatch, full_disk):
-    paths, real = srgan.find_images(photos), srgan.open_rgb
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(srgan, "open_rgb", lambda path: real(path) if path != paths[3] else
-                        (_ for _ in ()).throw(KeyboardInterrupt))
-        srgan.Store(paths, tmp_path / "cache")
+def test_a_store_that_the_disk_cannot_hold_is_not_there(photos, tmp_path, full_disk):
     with full_disk(50_000), \
             pytest.raises(srgan.InputError, match="cannot hold .*--cache.*store=never"):
-        srgan.Store(paths, tmp_path / "cache")
+        srgan.Store(srgan.find_images(photos), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    assert srgan.Store(paths, tmp_path / "cache").pixels.any()
+    assert make(photos, tmp_path).hr.pixels.any()
 
 
 # The split

@@ -1,6 +1,5 @@
 """upscale.py: what is read, kept, written and said."""
 import functools
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo
+from conftest import photo
 from PIL import Image, ImageCms
 from test_images import png
 
@@ -239,6 +238,7 @@ def test_options_without_sense_are_refused(script):
 
 
 def test_models_and_blends_come_from_the_weights_folder(script, tmp_path, monkeypatch):
+    assert {"srresnet.pth", "srgan.pth"} <= {path.name for path in upscale.WEIGHTS.iterdir()}
     monkeypatch.setattr(upscale, "WEIGHTS", tmp_path)
     generator = srgan.Generator(channels=4, n_blocks=1)
     srgan.save_checkpoint(tmp_path / "srresnet.pth", generator)
@@ -267,16 +267,3 @@ def test_at_most_one_result_waits_to_be_saved(up, monkeypatch):
     monkeypatch.setattr(srgan, "upscale", lambda *args, **options: (
         events.append(1), compute(*args, **options))[1])
     assert up("in", "out")[0] == 0 and max(np.cumsum(events)) <= 2   # one is saved meanwhile
-
-
-def test_the_readme_command_works_without_torchvision_or_lpips(tmp_path):
-    """In a process of its own, where importing them fails, from the bundled weights."""
-    code = ("import sys; sys.modules.update(torchvision=None, lpips=None, matplotlib=None)\n"
-            f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'upscale.py'\n"
-            "import srgan, upscale; srgan.run(upscale.main)")
-    sample = sorted((ROOT / "samples").glob("*.png"))[0]
-    subprocess.run([sys.executable, "-c", code, sample, tmp_path / "out.png"], check=True)
-    small, large = srgan.open_rgb(sample), Image.open(tmp_path / "out.png")
-    lr = large.resize(small.shape[1::-1], Image.Resampling.BICUBIC)
-    assert large.size == tuple(4 * n for n in lr.size)
-    assert srgan.psnr(np.asarray(lr), small, shave=2) > 30       # what was upscaled is the image

@@ -48,12 +48,13 @@ def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_do(
     """In floating point, for a network that looks as far to one side as it can."""
     g = srgan.make_generator(block, scale=scale, channels=4, tanh=False,
                              n_blocks=1 if block == "rrdb" else 2).eval()
-    for conv in g.modules():
-        if isinstance(conv, torch.nn.Conv2d):
-            torch.nn.init.zeros_(conv.weight).data[:, -1, corner, corner] = 1
-            torch.nn.init.constant_(conv.bias, 0.1) if conv.bias is not None else None
+    for name, p in g.named_parameters():
+        if p.dim() == 4:
+            torch.nn.init.zeros_(p).data[:, -1, corner, corner] = 1
+        elif name.endswith("bias"):
+            torch.nn.init.constant_(p, 0.1)
     torch.nn.init.ones_(g.fuse[-1].weight) if block == "residual" else None
-    image, tiles, real = photo(41, 50), srgan.split_rectangle(0, 41, 0, 50, 17), srgan.radii(g)
+    image, real = photo(41, 50), srgan.radii(g)
     monkeypatch.setattr(srgan, "PART", 16)
     with torch.no_grad():
         whole = g(srgan.to_tensor(image)[None])
@@ -62,9 +63,9 @@ def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_do(
         values.clear()
         monkeypatch.setattr(srgan, "radii", lambda g: tuple(np.subtract(real, less).tolist()))
         srgan.upscale(g, image, tile=17)
-        assert len(tiles) == len(values) == 9
         return max((part - whole[0, :, scale * t:scale * b, scale * l:scale * r]).abs().max()
-                   for (t, b, l, r), part in zip(tiles, values))
+                   for (t, b, l, r), part in zip(srgan.split_rectangle(0, 41, 0, 50, 17), values,
+                                                 strict=True))
     assert error((0, 0)) < 1e-5 < 1e-4 < min(error((1, 0)), error((0, 1)))
 
 
@@ -84,14 +85,6 @@ def test_where_memory_is_short_tiles_are_halved_until_they_fit_or_are_too_small(
     limit = 100
     with pytest.raises(torch.OutOfMemoryError):
         srgan.upscale(generator, image)
-
-
-def test_short_memory_is_recognised_in_every_wording():
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), *map(RuntimeError, (
-            "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
-            "DefaultCPUAllocator: can't allocate memory", "could not create a memory object"))):
-        assert srgan.is_out_of_memory(error)
-    assert not srgan.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_the_ensemble_is_the_mean_over_eight_views(generator, values):
