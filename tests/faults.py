@@ -5,7 +5,8 @@
     python tests/faults.py hostile [--times 300]   checkpoints made to do harm, through all three
 
 Prints what was tried and what happened; a fault ends it with exit status 1: a traceback, a crash,
-a hang, code that ran, or a process that took 1 GB more than at rest. The tests hold short forms.
+a hang, code that ran, or a process that took 1 GB more than at rest. test_safety.py and
+test_checkpoints.py hold short forms.
 """
 import argparse
 import copy
