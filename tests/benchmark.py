@@ -83,7 +83,7 @@ def make_update(device, plain, stage, precision="auto"):
                              "--precision", "fp32" if plain else precision])
     config = train.resolve_config(args)
     train.set_up_arithmetic(device, config)
-    networks = train.make_networks(argparse.Namespace(stage=stage), config, None, device)
+    networks = train.make_networks(args, config, None, device)
     state = train.State(networks, config[stage], device)
     update = plain_update(stage, state.networks, device) if plain else \
         train.make_update(config, stage, state, device)
