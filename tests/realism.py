@@ -24,23 +24,16 @@ TAPS = (1, 4, 7, 9, 10, 11, 12)                                  # of SqueezeNet
 SIDE, PATCHES, DIRECTIONS, LEVELS = 7, 1024, 256, 3
 
 
-def unit_features(phi, image):
-    """SqueezeNet's feature maps at TAPS, each position's vector of length 1."""
-    x, maps = (image[None] - phi.mean) / phi.std, []
+def perceptual_distance(phi, sr, hr):
+    """Squared distance of SqueezeNet's features, at each position a vector of length 1: the mean
+    over positions, summed over TAPS. Images are [3, H, W] in [0, 1]."""
+    x, total = (torch.stack([sr, hr]) - phi.mean) / phi.std, 0
     for i, layer in enumerate(phi.features):
         x = layer(x)
         if i in TAPS:
-            maps.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
-    return maps
-
-
-def perceptual_distance(phi, sr, hr):
-    """Squared distance of the unit feature vectors, mean over positions, sum over TAPS.
-
-    Images are [3, H, W] in [0, 1].
-    """
-    return sum((a - b).square().sum(1).mean().item()
-               for a, b in zip(unit_features(phi, sr), unit_features(phi, hr)))
+            a, b = x / (x.norm(dim=1, keepdim=True) + 1e-10)
+            total += (a - b).square().sum(0).mean().item()
+    return total
 
 
 def bands(image):
