@@ -1306,11 +1306,10 @@ class TruncatedSqueezeNet(ContentNetwork):
 
 
 def grid_loss(sr, hr, scale=4, window=8):
-    """What sets the scale^2 places within an LR pixel apart, as in no photo: mean and strength.
+    """What tells the scale^2 places within an LR pixel apart. [N, 3, H, W] twice -> scalar.
 
-    The mean of SR - HR at each place, over windows of 8x8 LR pixels, where texture cancels out and
-    a grid stays; and how far the strength of SR's detail at each place is from that of all places,
-    over the patch: dots in rows. [N, 3, H, W] twice, multiples of scale -> scalar.
+    The mean of SR - HR at each place in windows of LR pixels: texture cancels out, a grid stays.
+    And how far the strength of SR's detail at each place is from that at all: dots in rows.
     """
     error = F.pixel_unshuffle(sr - hr, scale)                    # [N, 3 x 16, h, w]
     error = F.avg_pool2d(error, min(window, *error.shape[2:]))   # [N, 3 x 16, h / 8, w / 8]
@@ -1322,12 +1321,9 @@ def grid_loss(sr, hr, scale=4, window=8):
 
 
 def fourier_loss(sr, hr, window=16):
-    """The amplitude loss of Fuoli et al. 2021, arXiv:2106.00783: mean |amplitude of SR - of HR|.
-
-    In grey and two colour differences, over the frequencies of half-overlapping Hann windows.
-    How much texture of a kind there is counts, and not where each hair lies.
-    [N, 3, H, W] twice -> scalar.
-    """
+    """The amplitude loss of Fuoli et al. 2021, arXiv:2106.00783, in half-overlapping windows, of
+    grey and two colour differences: how much texture of each kind there is, and not where each
+    hair lies. [N, 3, H, W] twice -> scalar."""
     hann = torch.hann_window(window, periodic=False, device=sr.device)
     hann = hann / hann.square().mean().sqrt()
 
@@ -1391,25 +1387,19 @@ PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # 
 
 
 class ShiftedUpdate(Update):
-    """Each step sees SR and HR moved together, at random and cyclically, by 0 to `shift` pixels.
-
-    The strides of D and the pooling of phi favour some places of the pixel grid. Where SR never
-    moves against them, G answers with a pattern of 2 pixels.
-    """
-
-    def __init__(self, *args, shift=7):
-        super().__init__(*args)
-        self.shift = shift
-
-    def move(self, *images):
-        down, right = torch.randint(self.shift + 1, (2,)).tolist()
-        return [image.roll((down, right), (2, 3)) for image in images]
+    """SR and HR are moved together, at random and cyclically, by 0 to `shift` pixels before each
+    step: strides in D and pooling in phi favour some places, and G answers with a pattern."""
+    shift = 7
 
     def update_discriminator(self, sr, hr):
         return super().update_discriminator(*self.move(sr, hr))
 
     def update_generator(self, sr, hr):
         return super().update_generator(*self.move(sr, hr))
+
+    def move(self, *images):
+        move = torch.randint(self.shift + 1, (2,)).tolist()
+        return [image.roll(move, (2, 3)) for image in images]
 
 
 class CriticSteps:
