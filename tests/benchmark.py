@@ -21,8 +21,6 @@ in bf16, for the operations of the plain form. No GPU has been measured.
     128x128 upscaled to 512x512              2.45 / s   9.35 / s  3.82 (3.74 to 3.89)  66 %
     256x256 upscaled to 1024x1024            0.57 / s   2.59 / s  4.56 (4.39 to 4.69)  73 %
     train.py, SRResNet / SRGAN-VGG54, whole               5.19 / 1.02 per second
-    patches of 96x96 with their LR                        8,900 / s
-    store from 2K PNGs, against Pillow       22.4 / s   18.7 / s  0.84 (0.82 to 0.86)
 
 Upscaling made 2.2 megapixels per second for a result of 0.1 megapixels, 1.9 for one of 100; it took
 0.07 GB for 1 megapixel, 1.4 GB for 33, 1.2 GB for 100, and for 400, beside the result, 1.1 GB in
