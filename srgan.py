@@ -601,8 +601,10 @@ class Store:
 
     def is_too_large(self, cache):
         """Whether the pixels would not fit, going by the headers of a hundred of the images."""
-        sample = self.paths[::len(self.paths) // 100 + 1]
-        n_bytes = 3 * len(self.paths) * sum(map(count_pixels, sample)) / len(sample)
+        n_bytes, sample = 0, self.paths[::len(self.paths) // 100 + 1]
+        for path in sample:
+            with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+                n_bytes += 3 * image.width * image.height * len(self.paths) / len(sample)
         if n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2):
             say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels are too many for {cache}; "
                 "decoding images as they are needed")
@@ -649,13 +651,6 @@ class Store:
             return torch.from_numpy(open_rgb(self.paths[i]))
         (h, w), start = self.size[i], self.start[i]
         return self.pixels[start:start + h * w].view(h, w, 3)
-
-
-def count_pixels(path):
-    """How many an image has by its header; 0 where it has none."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        return image.width * image.height
-    return 0
 
 
 class Patches:
