@@ -85,7 +85,7 @@ def test_links_to_files_resolve(page):
 def test_the_library_example_runs_and_what_it_exports_computes_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples").mkdir()
-    Image.fromarray(photo(12, 16)).save("samples/chelsea.png")
+    Image.fromarray(photo(12, 16)).save("samples/raccoon.png")
     code, here = section("As a library").split("```python\n")[1].split("```")[0], {}
     example, recipe = code.split("\n\n")
     exec(example.replace("weights/", f"{(ROOT / 'weights').as_posix()}/"), here)
