@@ -1384,7 +1384,10 @@ PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # 
 class ShiftedUpdate(Update):
     """SR and HR are moved together, at random and cyclically, by 0 to `shift` pixels before each
     step: strides in D and pooling in phi favour some places, and G answers with a pattern."""
-    shift = 7
+
+    def __init__(self, shift, *args):
+        super().__init__(*args)
+        self.shift = shift
 
     def update_discriminator(self, sr, hr):
         return super().update_discriminator(*self.move(sr, hr))

@@ -589,15 +589,15 @@ def make_update(config, stage, state, device, world=1):
     plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
-    Update = srgan.ShiftedUpdate if values["shift"] else srgan.Update
+    shift = values["shift"]
+    Update = functools.partial(srgan.ShiftedUpdate, shift) if shift else srgan.Update
     update = Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
                     adam["discriminator"], values["adversarial_weight"],
                     *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
-    update.shift = values["shift"]
     if values["discriminator_steps"] > 1:
         update = srgan.CriticSteps(update)
     if device.type == "cuda" and world == 1 and config["compile"] != "no" \
-            and not penalties and not values["shift"]:           # neither can be captured
+            and not penalties and not shift:                     # neither can be captured
         update = srgan.Graphed(update, device)
     return update
 

@@ -1,4 +1,4 @@
-"""Section 1, Fig. 4; content networks; RRDB."""
+"""Section 1, Fig. 4; content networks; RRDB; the grid and the Fourier loss."""
 import hashlib
 import os
 import shutil

@@ -162,8 +162,7 @@ def test_penalties_work_in_bf16_as_in_fp32(name, norm):
 def test_shifted_steps_see_sr_and_hr_moved_together():
     game, seen, moves = Game(), [], set()
     losses = {"pixel": (1.0, lambda sr, hr: seen.append((sr, hr)) or srgan.mse_loss(sr, hr))}
-    update = srgan.ShiftedUpdate(game.G, game.adam_G, losses, game.D, game.adam_D)
-    update.shift = 3
+    update = srgan.ShiftedUpdate(3, game.G, game.adam_G, losses, game.D, game.adam_D)
     for _ in range(20):
         sr = game.G(game.lr)
         update(game.lr, game.hr)
