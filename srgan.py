@@ -18,7 +18,7 @@ Sections 1 to 3 are the paper and nothing else. Symbols: G, D, LR, HR, and SR = 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
 """
-import contextlib  # the imports serve sections 4 to 9; 1 to 3 need torch alone
+import contextlib  # sections 1 to 3 need only torch and math
 import copy
 import functools
 import hashlib
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, n=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN adds the bias
             nn.BatchNorm2d(n),
             nn.PReLU(),                                           # one slope for all feature maps
             nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
@@ -133,13 +133,13 @@ class Discriminator(nn.Module):
 
 
 # ==================================================================================================
-# 2. Losses. Sec. 2.2, Eq. 3 to 6. What each mean is taken over stands in its docstring.
+# 2. Losses. Sec. 2.2, Eq. 3 to 6. Each docstring says what its mean is taken over.
 # ==================================================================================================
 
 def mse_loss(sr, hr):
     """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean is taken over the colours, too, where Eq. 4 leaves them open.
+    The mean includes the three colours, which Eq. 4 does not mention.
     """
     return (hr - sr).square().mean()                              # Eq. 4
 
@@ -147,7 +147,7 @@ def mse_loss(sr, hr):
 class ContentNetwork(nn.Module):
     """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
 
-    Sec. 3.2 divides the feature maps by 12.75, and so Eq. 5 by its square: times 0.006.
+    Sec. 3.2 scales the feature maps by 1/12.75 and thereby Eq. 5 by its square, about 0.006.
     The input is normalised as torchvision's networks expect it.
     """
 
@@ -170,10 +170,10 @@ class TruncatedVGG19(ContentNetwork):
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
     that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
 
-    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. That holds for the
+    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. This is true of the
     *normalised* VGG19 of Gatys et al. (mean activation 1): for an SRResNet, VGG22's loss is 0.0203
-    and the MSE 0.0199. It does not hold for torchvision's VGG19, whose activations have another
-    magnitude; there, choose content_weight yourself.
+    and the MSE 0.0199. Torchvision's VGG19 has activations of another scale; weights/README.md
+    says how to choose the divisor for it.
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -193,9 +193,9 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean is taken over the feature maps, too, so that its weight means the same for each layer.
-    Eq. 5 divides by the positions alone: read as a sum over feature maps, it is 128 times this
-    value for VGG22 and 512 times for VGG54. HR carries no gradient.
+    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
+    divides by the number of positions only: summed over the feature maps, it would be 128 times
+    this value for VGG22 and 512 times for VGG54. HR needs no gradient.
     """
     with torch.no_grad():
         target = phi(hr)                                          # [N, C, h, w]
@@ -203,21 +203,21 @@ def content_loss(phi, sr, hr):
 
 
 def total_variation(sr):
-    """Sec. 3.4: the loss beside VGG22 in SRResNet-VGG22, weight 2e-8. [N, 3, H, W] -> scalar.
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
 
-    The paper gives neither norm nor scale. Taken here: the sum of |differences| of neighbouring
-    pixels over each image, its mean over the batch. For photos, 2e-8 of that is about half a
-    per cent of the content loss; 2e-8 of a mean over pixels would be nothing.
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
     """
     down, right = sr.diff(dim=2), sr.diff(dim=3)
     return (down.abs().sum() + right.abs().sum()) / len(sr)
 
 
 def adversarial_loss(D, sr, hr=None):
-    """Eq. 6, l_Gen: -log D(SR), the mean over the batch where Eq. 6 has the sum. -> scalar
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch; Eq. 6 has the sum. -> scalar
 
-    Eq. 2 would have G minimise log(1 - D(SR)); -log D(SR) has the better gradients (Sec. 2.2.2).
-    D gives logits x, and -log(sigmoid(x)) = softplus(-x). `hr`: for relativistic losses.
+    In Eq. 2, G minimises log(1 - D(SR)); -log D(SR) has better gradients (Sec. 2.2.2). D returns
+    logits x, and -log(sigmoid(x)) = softplus(-x). Only relativistic losses use `hr`.
     """
     return F.softplus(-D(sr)).mean()                              # Eq. 6
 
@@ -243,12 +243,10 @@ def discriminator_loss(fake, real):
 class Update:
     """One update: of D, then of G ("we alternate", k = 1, Sec. 3.2); of G alone without a D.
 
-    content_losses: {name: (weight, function of SR and HR)}, one of them in the paper. penalties
-    has the same form and is added to D's loss; the paper has none. The last three arguments are
-    where the variants of section 8 come in.
+    content_losses: {name: (weight, function of SR and HR)}; the paper has one. penalties: the same
+    for D's loss; the paper has none. The variants of section 8 replace the last three arguments.
     Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
-    {name: scalar tensor}: each loss, unweighted; "loss", the sum that G minimised; and D's mean
-    logits.
+    {name: scalar tensor}: each loss, unweighted; "loss", the sum that G minimised; D's mean logits.
     """
 
     def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
@@ -303,12 +301,12 @@ def minimize(loss, adam):
 SCALES = (2, 4, 8)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
             ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # others of Pillow's run programs
-MAX_SIDE = 100_000                                               # pixels; rows take memory, too
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # other formats run programs
+MAX_SIDE = 100_000                                               # pixels; decoding takes whole rows
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
-EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # sizes, and what holds offsets
+EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # old sizes, and file offsets
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
-MARGIN = 2                                # LR pixels around a patch, which its LR pixels depend on
+MARGIN = 2                                # LR pixels around a patch that its own depend on
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
 
@@ -317,7 +315,7 @@ class InputError(ValueError):
 
 
 def printable(text):
-    """Text for one line of a terminal: control characters, as in file names, are escaped."""
+    """Text with control characters, which file names may contain, escaped for a terminal."""
     return str(text).translate({n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))})
 
 
@@ -327,12 +325,12 @@ def say(text):
 
 
 def one_line(error):
-    """An exception's text, short enough to be part of a message."""
+    """An exception's text, shortened to fit into a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def find_images(path):
-    """Sorted paths of the images in a folder and its subfolders; a file is itself. InputError."""
+    """Sorted paths of the images in a folder and its subfolders, or a file's own. InputError."""
     path = Path(path)
     found = [path] if path.is_file() else sorted(
         p for p in path.rglob("*")
@@ -344,28 +342,30 @@ def find_images(path):
 
 
 def check_file(path):
-    """Raise InputError for what is no file; reading a pipe would block."""
+    """Raise InputError unless `path` is a regular file; reading a pipe would block."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file")
 
 
 def check_header(image):
-    """Raise InputError for an open image that would take too much memory or be misread."""
+    """Raise InputError if an open image would be misread or take too much memory."""
     if max(image.size) > MAX_SIDE:
         raise InputError(f"{image.width}x{image.height}: more than {MAX_SIDE:,} pixels to a side")
     if image.format == "TIFF":
         tags = image.tag_v2
-        bits, kinds = ({*np.atleast_1d(tags.get(tag, 1))} for tag in (258, 339))
-        if not bits <= {1, 2, 4, 8, 16} or kinds != {1} or 16 in bits and tags.get(262) == 0:
+        bits, formats = ({*np.atleast_1d(tags.get(tag, 1))} for tag in (258, 339))  # 1: unsigned
+        inverted = 16 in bits and tags.get(262) == 0             # Pillow would not see it
+        if not bits <= {1, 2, 4, 8, 16} or formats != {1} or inverted:
             raise InputError("only unsigned 8-bit and 16-bit TIFF, black at 0, is read; convert it")
         if tags.get(322, 1) * tags.get(323, 1) > 4 * image.width * image.height + 2 ** 20:
             raise InputError("its tiles are far larger than the image")
 
 
 def to_8_bits(image, raw):
-    """A PIL.Image of any mode that check_header passes -> mode "L", "LA", "RGB" or "RGBA".
+    """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA".
 
-    raw: Pillow's name of the pixels in the file; its mode of 16-bit grey with alpha is "RGBA".
+    raw: Pillow's name for the pixel format of the file, which `mode` does not always tell: 16-bit
+    grey with alpha has the mode "RGBA". Raises InputError if the pixels have no fixed range.
     """
     if image.mode == "CMYK":
         with contextlib.suppress(Exception):                     # no profile, or a broken one
@@ -380,20 +380,20 @@ def to_8_bits(image, raw):
         if "transparency" in image.info:
             grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
         return grey
-    if raw == "RGB;16B" and "transparency" in image.info:        # pixels have 8 of its 16 bits
+    if raw == "RGB;16B" and "transparency" in image.info:        # Pillow keeps 8 of its 16 bits
         image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
     grey = image.mode in ("1", "L", "LA") or raw == "LA;16B"
     return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
 
 
 def info_to_keep(image):
-    """ICC profile, DPI and EXIF (date, camera, position; no thumbnail), where they make sense."""
+    """The ICC profile, DPI and EXIF data (date, camera, position) that the result shall keep."""
     info, profile, dpi = {}, image.info.get("icc_profile"), image.info.get("dpi")
-    if isinstance(profile, bytes) and image.mode != "CMYK":      # CMYK has become sRGB by it
+    if isinstance(profile, bytes) and image.mode != "CMYK":      # it made sRGB of CMYK
         info["icc_profile"] = profile
     if dpi and all(0 < dots < 1e5 for dots in dpi):
         info["dpi"] = dpi
-    with contextlib.suppress(Exception):                         # broken EXIF raises all types
+    with contextlib.suppress(Exception):                         # broken EXIF raises anything
         exif, kept = image.getexif(), Image.Exif()
         for tag in EXIF_KEPT & {*exif}:
             kept[tag] = exif[tag] if tag < 0x8769 else {
@@ -407,15 +407,15 @@ def open_image(path):
     """Decode an image: a PIL.Image of mode "L", "LA", "RGB" or "RGBA", 8 bits, upright.
 
     EXIF orientation is applied. Palettes become RGB or RGBA, CMYK becomes sRGB by its ICC profile,
-    16 bits become 8; of an animation the first frame counts. `info` is what info_to_keep says.
-    Raises InputError for whatever cannot be read.
+    16 bits become 8, and an animation becomes its first frame. `info` comes from info_to_keep.
+    Raises InputError if the image cannot be read.
     """
     check_file(path)
     try:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
             check_header(source)
             raw = source.tile[0][3] if source.tile else ""
-            source.load()                                        # turns TIFF
+            source.load()                                        # also rotates TIFF
             with contextlib.suppress(Exception):                 # broken EXIF
                 ImageOps.exif_transpose(source, in_place=True)
             image = to_8_bits(source, raw)
@@ -424,12 +424,12 @@ def open_image(path):
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; if "
-                         "that is so, upscale.py takes it with --max-megapixels") from None
+        raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; "
+                         "upscale.py accepts it with a higher --max-megapixels") from None
     except Image.UnidentifiedImageError:
         raise InputError(f"{path}: cannot be read as an image (not {', '.join(FORMATS)}, or "
                          "broken)") from None
-    except Exception as error:                                   # broken files raise all types
+    except Exception as error:                                   # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
@@ -454,7 +454,7 @@ def round_to_8_bits(x):
 
 
 def bicubic_kernel(hr, scale):
-    """Pillow's BICUBIC (a = -0.5, widened by the scale), which rounds after each of two passes."""
+    """Pillow's BICUBIC (a = -0.5, antialiased): horizontal, then vertical, each rounded."""
     h, w = hr.shape[2:]
     lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
     lr = round_to_8_bits(lr)
@@ -462,7 +462,7 @@ def bicubic_kernel(hr, scale):
 
 
 def gaussian_kernel(hr, scale):
-    """Sec. 2: a Gaussian blur, sigma 0.4 scale, then one of `scale` pixels; centred as bicubic."""
+    """Sec. 2: a Gaussian blur of sigma 0.4 scale, then every scale-th pixel; centred as bicubic."""
     n, c, h, w = hr.shape
     margin = 5 * scale // 4                                      # the taps reach 3 to 4 sigma
     taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
@@ -479,7 +479,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
 
     kernel: "bicubic" (Sec. 3.2, within one grey level of Pillow's) or "gaussian" (Sec. 2).
-    Raises ValueError where H or W is no multiple of scale.
+    Raises ValueError unless H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
@@ -488,13 +488,13 @@ def downsample(hr, scale=4, kernel="bicubic"):
 
 
 def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
-    """The baselines, by Pillow: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3]."""
+    """The baselines, bicubic or nearest: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3]."""
     h, w = lr.shape[:2]
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
 def by_stem(paths):
-    """{stem: path}. Raises InputError where two images have the same name."""
+    """{stem: path}. Raises InputError if two images have the same name."""
     found = {}
     for path in paths:
         if found.setdefault(path.stem, path) is not path:
@@ -503,13 +503,13 @@ def by_stem(paths):
 
 
 def lr_names(stem, scale):
-    """The stems that the LR image of an HR image may have."""
+    """The stems that the LR image of the HR image `stem` may have."""
     endings = "_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}"
     return [stem, *(stem.removesuffix("_HR") + ending for ending in endings)]
 
 
 def find_hr(folder):
-    """Paths of the HR images in a folder, or in its HR/. InputError where LR images are, too."""
+    """Paths of the HR images in a folder or its HR/. InputError if LR images are among them."""
     folder = Path(folder)
     folder = folder / "HR" if (folder / "HR").is_dir() else folder
     paths = find_images(folder)
@@ -520,7 +520,7 @@ def find_hr(folder):
                 path.with_name(name) in stems for scale in SCALES
                 for name in lr_names(path.stem, scale)[1:]):
             raise InputError(f"{folder} holds LR images, too (see {path}); put HR and LR images "
-                             "into folders of their own, and name that of HR")
+                             "into separate folders, and name that of HR")
     return paths
 
 
@@ -528,8 +528,9 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
     """[(stem, HR path, LR path or None)] of a folder of HR images, sorted by stem.
 
     The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
-    lr_folder names LR images that are elsewhere. LR images bear the HR's name, or end in x4, _x4,
-    _LR, _LRx4 or _LR_x4. Raises InputError for a name that stands twice, an HR without its LR.
+    lr_folder names LR images that are elsewhere. LR images have the name of their HR image, or
+    that name and x4, _x4, _LR, _LRx4 or _LR_x4. Raises InputError if two images have the same
+    name, or if an HR image has no LR image.
     """
     folder = Path(folder)
     if lr_folder is None and (folder / "HR").is_dir():
@@ -548,8 +549,9 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
 def split(pairs, shares=(80, 15, 5), validate_on=0):
     """{"train", "val", "test"}: the pairs of find_pairs, divided by percentages.
 
-    By the SHA-256 of HR's file names, so alike on every machine; val and test have at least one
-    image where their share is not 0. Of val, all beyond `validate_on`, if not 0, go to train.
+    The order is that of the SHA-256 of the HR file names, the same on every machine. val and test
+    get at least one image unless their share is 0. If validate_on is not 0, it limits val; the
+    rest of val joins train.
     """
     ranked = sorted(pairs, key=lambda pair: (
         hashlib.sha256(os.fsencode(pair[1].name)).digest(), pair[1].as_posix()))
@@ -561,7 +563,10 @@ def split(pairs, shares=(80, 15, 5), validate_on=0):
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
-    """(LR, HR), uint8: HR cut to a multiple of scale, LR made where none is given. InputError."""
+    """(LR, HR), uint8 [h, w, 3]: HR cropped to a multiple of scale; LR made from it if not given.
+
+    Raises InputError if an image cannot be read or the sizes do not match.
+    """
     hr = open_rgb(hr_path)
     h, w = (side // scale for side in hr.shape[:2])
     if not h or not w:
@@ -577,11 +582,11 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
 
 
 class Store:
-    """Images, decoded once into one file under `cache`: store[i] is a uint8 tensor [h, w, 3].
+    """Images, decoded once into a file under `cache`: store[i] is a uint8 tensor [h, w, 3].
 
-    The file is named after the images' paths, sizes and times, and mapped into memory. mode:
-    "always", "never" (an image is decoded whenever it is asked for), or "auto": the file, unless
-    it would take 32 GiB or half of the free disk. Raises InputError where the disk is too small.
+    The file is memory-mapped; its name depends on the images' paths, sizes and times. mode:
+    "always", "never" (images are decoded each time they are needed), or "auto" ("always", unless
+    that would take 32 GiB or half of the free disk). Raises InputError if the disk is too small.
     """
 
     def __init__(self, paths, cache="cache", mode="auto"):
@@ -589,29 +594,29 @@ class Store:
         Path(cache).mkdir(parents=True, exist_ok=True)
         if mode == "never" or mode == "auto" and self.is_too_large(cache):
             return
-        key = hashlib.sha256(b"3")                               # the version of the format
+        key = hashlib.sha256(b"3")                               # version of the format
         for path in self.paths:
             stat, name = os.stat(path), os.path.abspath(path)
             key.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
         file = Path(cache, f"{key.hexdigest()[:20]}.pixels")
-        with FileLock(f"{file}.lock"):                           # another process may be making it
+        with FileLock(f"{file}.lock"):                           # another process may be writing it
             if not self.open(file):
                 self.decode(file)
                 self.open(file)
 
     def is_too_large(self, cache):
-        """Whether the pixels would not fit, going by the headers of a hundred of the images."""
+        """Whether the pixels would not fit, as estimated from the headers of 100 images."""
         n_bytes, sample = 0, self.paths[::len(self.paths) // 100 + 1]
         for path in sample:
             with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
                 n_bytes += 3 * image.width * image.height * len(self.paths) / len(sample)
         if n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2):
-            say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels are too many for {cache}; "
-                "decoding images as they are needed")
+            say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels do not fit into {cache}; images are "
+                "decoded each time they are needed")
             return True
 
     def open(self, file):
-        """Map a complete store; False where there is none."""
+        """Map a complete store into memory; False if there is none."""
         with contextlib.suppress(OSError, ValueError):
             mapped = np.memmap(file, np.uint8, "c")              # private: torch wants it writable
             pixels, size = np.split(mapped, [-16 * len(self.paths)])
@@ -624,7 +629,7 @@ class Store:
         return False
 
     def decode(self, file):
-        """Write to `file` the pixels of all images, one after the other, and then their sizes."""
+        """Write to `file` the pixels of all images, one after another, and then their sizes."""
         def pixels(path):
             with contextlib.suppress(InputError):
                 return open_rgb(path)
@@ -635,7 +640,7 @@ class Store:
             with replacing(file) as temporary, open(temporary, "wb") as output, \
                     ThreadPoolExecutor() as pool, tqdm(desc="decoding once", unit="image",
                                                        total=len(self.paths), disable=None) as bar:
-                for first in range(0, len(self.paths), 64):      # at most so many wait in memory
+                for first in range(0, len(self.paths), 64):      # to bound the memory
                     for image in pool.map(pixels, self.paths[first:first + 64]):
                         output.write(image)
                         sizes.append(image.shape[:2])
@@ -646,7 +651,7 @@ class Store:
                              "name another folder with --cache, or use --set store=never") from None
 
     def __getitem__(self, i):
-        """Raises InputError where the image has to be decoded and cannot be."""
+        """Raises InputError if the image has to be decoded and is unreadable."""
         if self.pixels is None:
             return torch.from_numpy(open_rgb(self.paths[i]))
         (h, w), start = self.size[i], self.start[i]
@@ -656,11 +661,11 @@ class Store:
 class Patches:
     """Random training patches: "16 random 96x96 HR sub images of distinct training images".
 
-    hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
-    patch, a multiple of scale. augment: "none", "flip" (mirror images) or "all" (eight flips and
-    rotations). crop_margin: the part of an image's height and width, 0 to below 0.5, that patches
-    keep away from each border. What update `step` sees depends on (seed, rank, step) alone.
-    Images that are unreadable or too small are left out; InputError where none remains.
+    hr, lr: Stores; without lr, `kernel` makes LR from HR. patch_size: the side of the HR patches,
+    a multiple of scale. augment: "none", "flip" (mirror images) or "all" (eight flips and
+    rotations). crop_margin: the share of the height and width, 0 to below 0.5, that patches keep
+    clear of at each border. The batch of update `step` depends only on (seed, rank, step).
+    Images that are unreadable or too small are left out. Raises InputError if none remains.
     """
 
     def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", augment="all",
@@ -677,8 +682,8 @@ class Patches:
                 store.pixels = store.pixels.to(self.device)
 
     def resize(self, patch_size):
-        """Go on with patches of this size."""
-        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # LR's crop of HR
+        """Draw patches of this size from now on."""
+        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # incl. LR's margin
         if self.window == window:
             return
         usable = np.ones(len(self.hr.paths), bool)
@@ -688,22 +693,23 @@ class Patches:
             say(f"left out {len(left_out)} of {len(usable)} images, unreadable or smaller than "
                 f"{self.window}x{self.window}, such as {', '.join(left_out[:3])}")
         if not usable.any():
-            raise InputError(f"no image is {self.window}x{self.window} or larger, a patch of "
-                             f"{patch_size} with its margin; give larger images or set patch_size")
+            raise InputError(f"no image is {self.window}x{self.window} or larger, the size of a "
+                             f"patch of {patch_size} with its margin; use larger images or a "
+                             "smaller patch_size")
         self.chance = usable / usable.sum()
 
     def draw(self, step, n, attempt=0):
-        """n random (image, y, x, symmetry), y and x from 0 to 1; distinct images if possible."""
+        """n random (image, [y, x] in [0, 1), symmetry); distinct images if there are enough."""
         rng = np.random.default_rng((self.seed, self.rank, step + attempt * 2 ** 40))
         distinct = np.count_nonzero(self.chance) >= n
         image = rng.choice(len(self.chance), n, replace=not distinct, p=self.chance)
         return list(zip(image, rng.random((n, 2)), rng.choice(self.symmetries, n)))
 
     def cut(self, image, place, symmetry):
-        """A window at the place [y, x] of an image: [w, w, 3] of HR and, if given, of LR."""
+        """The window of an image at [y, x]: [w, w, 3] of HR and, if there is an LR store, of LR."""
         hr, scale = self.hr[image], self.scale
         size = np.array(hr.shape[:2])
-        free = size // scale - self.window // scale              # where it may begin, in LR pixels
+        free = size // scale - self.window // scale              # range of its corner, in LR pixels
         if free.min() < 0:
             raise InputError(f"{self.hr.paths[image]}: smaller than {self.window}x{self.window}")
         margin = np.minimum((self.crop_margin * size / scale).astype(np.int64), free // 2)
@@ -717,14 +723,14 @@ class Patches:
         return windows
 
     def windows(self, step, n):
-        """The windows of update `step`: uint8 [n, w, w, 3] of HR and, if given, of LR."""
+        """The windows of update `step`: uint8 [n, w, w, 3] of HR and, as in cut, of LR."""
         found = []
-        for attempt in range(10):                                # again for those that fail
+        for attempt in range(10):                                # replace those that fail
             for drawn in self.draw(step, n - len(found), attempt):
                 try:
                     found.append(self.cut(*drawn))
                 except InputError as error:
-                    if str(error) not in self.named:             # each image once
+                    if str(error) not in self.named:             # once per image
                         self.named.add(str(error))
                         say(f"left out: {error}")
             if len(found) == n:
@@ -732,7 +738,7 @@ class Patches:
         raise InputError("most of the training images cannot be used")
 
     def stream(self, n, first, last):
-        """The windows of updates first to last - 1, decoded a little ahead, by threads."""
+        """The windows of updates first to last - 1, decoded a little ahead by threads."""
         pool, ahead = ThreadPoolExecutor(self.threads), deque()
         try:
             for step in range(first, last):
@@ -741,12 +747,12 @@ class Patches:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:                                                 # where the stream is left, too
+        finally:                                                 # also when the caller stops early
             pool.shutdown(cancel_futures=True)
 
     def batches(self, n, first, last):
-        """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1], p the patch
-        size, for updates first to last - 1."""
+        """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] for updates
+        first to last - 1; p is the patch size."""
         stored = (self.windows(step, n) for step in range(first, last))
         for hr, *lr in self.stream(n, first, last) if self.hr.pixels is None else stored:
             hr = self.upload(hr)                                 # [n, 3, window, window]
@@ -757,12 +763,12 @@ class Patches:
     def upload(self, windows):
         """uint8 [n, w, w, 3] -> float32 [n, 3, w, w] in [0, 1], on the device."""
         if windows.device.type == "cpu" and self.device.type == "cuda":
-            windows = windows.pin_memory()                       # the copy then waits for nothing
+            windows = windows.pin_memory()                       # for an asynchronous copy
         return to_tensor(windows.to(self.device, non_blocking=True))
 
 
 def cut_square(image, corner, side, symmetry):
-    """[h, w, 3] -> [side, side, 3]; the symmetry's bits: mirror, upside down, transpose."""
+    """[h, w, 3] -> [side, side, 3]. Bits of symmetry: flip left-right, flip up-down, transpose."""
     patch = image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
     patch = patch.flip(1) if symmetry & 1 else patch
     patch = patch.flip(0) if symmetry & 2 else patch
@@ -778,20 +784,20 @@ ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def planes(sr, hr, shave, luma):
-    """psnr's arguments -> twice float64 [..., 1 or 3, H - 2 shave, W - 2 shave] in [0, 255]."""
+    """Two images as psnr takes them -> two float64 [..., 1 or 3, H - 2 shave, W - 2 shave]."""
     if sr.shape != hr.shape:
-        raise ValueError(f"images of two sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+        raise ValueError(f"images of different sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
     for image in (sr, hr):
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(np.array(image)).movedim(-1, -3)
         elif image.is_floating_point():
-            image = to_pixels(image).movedim(-1, -3)             # what a file would hold
+            image = to_pixels(image).movedim(-1, -3)             # as saved to a file
         if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
             raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
                              f"{image.dtype} {tuple(image.shape)}")
         h, w = image.shape[-2:]
         if min(h, w) <= 2 * shave:
-            raise InputError(f"nothing is left of {h}x{w} without {shave} pixels from each border")
+            raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
         x = image[..., shave:h - shave, shave:w - shave].double()
         if luma:                                                 # Y of BT.601, in [16, 235]
             r, g, b = x.split(1, dim=-3)
@@ -804,7 +810,7 @@ def psnr(sr, hr, shave=4, luma=True):
 
     Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1]
     (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
-    luma: on Y of BT.601 instead of RGB. Raises ValueError for sizes that differ or vanish.
+    luma: on Y of BT.601 instead of RGB. Raises ValueError if the sizes differ or nothing remains.
     """
     x, y = planes(sr, hr, shave, luma)
     value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
@@ -812,17 +818,17 @@ def psnr(sr, hr, shave=4, luma=True):
 
 
 def ssim(sr, hr, shave=4, luma=True):
-    """Structural similarity of Wang et al. 2004, in [-1, 1]. Arguments and errors are psnr's.
+    """Structural similarity of Wang et al. 2004, in [-1, 1]. Arguments and errors as for psnr.
 
-    11x11 Gaussian window of sigma 1.5, where it lies inside the image; K1 0.01, K2 0.03, L 255.
+    11x11 Gaussian window of sigma 1.5, only inside the image; K1 = 0.01, K2 = 0.03, L = 255.
     """
     x, y = planes(sr, hr, shave, luma)
     if min(x.shape[-2:]) < 11:
-        raise InputError("SSIM needs 11x11 pixels inside the shaved border")
+        raise InputError("SSIM needs 11x11 pixels inside the border")
     taps = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
     taps = torch.softmax(-taps ** 2 / (2 * 1.5 ** 2), dim=0)
 
-    def mean(z):                                                 # under the window
+    def mean(z):                                                 # weighted by the window
         z = F.conv2d(z.reshape(-1, 1, *z.shape[-2:]), taps.view(1, 1, -1, 1))
         return F.conv2d(z, taps.view(1, 1, 1, -1))
 
@@ -842,19 +848,19 @@ def load_lpips():
     try:
         import lpips
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # how lpips asks torchvision
+            warnings.simplefilter("ignore")                      # outdated arguments inside lpips
             return lpips.LPIPS(net="alex", verbose=False).eval()
     except Exception as error:                                   # no package, no network, bad file
-        raise InputError(f"LPIPS is not available ({one_line(error)}); fetch {ALEXNET_URL} "
+        raise InputError(f"LPIPS is not available ({one_line(error)}); download {ALEXNET_URL} "
                          f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints, or leave "
                          "LPIPS out") from None
 
 
 @torch.inference_mode()
 def lpips(sr, hr, shave=0, luma=False):
-    """Zhang et al., CVPR 2018: distance of two uint8 arrays [H, W, 3], whole, in RGB. -> float"""
+    """Zhang et al., CVPR 2018: the distance of two whole RGB images, uint8 [H, W, 3] -> float."""
     if min(hr.shape[:2]) < 32:
-        raise InputError("LPIPS needs 32x32 pixels; leave it out for smaller images")
+        raise InputError("LPIPS needs at least 32x32 pixels; leave it out")
     network = load_lpips()
     device = next(network.parameters()).device
     x, y = (to_tensor(image)[None].to(device) * 2 - 1 for image in (sr, hr))
@@ -870,7 +876,7 @@ METRICS = {
 
 
 def usable_metrics(with_lpips=True, device="cpu"):
-    """Names of METRICS, without LPIPS where it is not wanted or cannot be had; a line says why."""
+    """Names of METRICS, LPIPS only if it is wanted and available; if it is not, a line says so."""
     if with_lpips:
         try:
             load_lpips().to(device)
@@ -881,28 +887,28 @@ def usable_metrics(with_lpips=True, device="cpu"):
 
 
 def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
-    """{name: value} for all METRICS, None for those not in `names`. Two uint8 arrays [H, W, 3]."""
+    """Compare two uint8 arrays [H, W, 3]: {name: value} of METRICS, None if not in `names`."""
     return {name: metric.function(sr, hr, shave, luma) if name in names else None
             for name, metric in METRICS.items()}
 
 
 def aggregate(scores):
-    """A list of measure's results -> {metric: {"mean", "std"} or None where it is missing}."""
+    """Results of measure for several images -> {metric: {"mean", "std"}, or None if missing}."""
     columns = {name: [score[name] for score in scores] for name in METRICS}
-    with np.errstate(invalid="ignore"):                          # inf has no deviation
+    with np.errstate(invalid="ignore"):                          # inf - inf
         return {name: None if None in values else
                 {"mean": float(np.mean(values)), "std": float(np.std(values))}
                 for name, values in columns.items()}
 
 
 def describe(metrics):
-    """Means as text: PSNR 28.43  SSIM 0.8111."""
+    """Means as text, such as "PSNR 28.43  SSIM 0.8111"."""
     return "  ".join(f"{name.upper()} {metrics[name]['mean']:.{metric.digits}f}"
                      for name, metric in METRICS.items() if metrics[name])
 
 
 def side_by_side(images, labels):
-    """uint8 [h, w, 3] arrays of one size, each with its label below -> PIL.Image."""
+    """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
     (h, w, _), lines = images[0].shape, "\n".join(labels).split("\n")
     for size in range(24, 7, -1):                                # until the longest line fits
         font = ImageFont.load_default(size)
@@ -918,19 +924,19 @@ def side_by_side(images, labels):
 
 
 # ==================================================================================================
-# 6. Upscaling. An SR pixel depends on LR pixels within the network's radius alone. So tiles that
-#    overlap by it, cut back to their own part, are exactly the untiled result. The layers at LR's
-#    size see far and take little memory, the last ones see 3 LR pixels and take much: so the
-#    former work on large tiles, each of which is then enlarged in small parts.
+# 6. Upscaling. An SR pixel depends only on the LR pixels within the network's radius. So tiles that
+#    overlap by this radius, cropped to their own area, give exactly the untiled result. The layers
+#    at LR size see far and take little memory; those after them see 3 LR pixels and take much. So
+#    the former process large tiles, and the latter enlarge each tile in small parts.
 # ==================================================================================================
 
-TILE = 1448                              # LR pixels: 2 megapixels take 2 GB of feature maps
-PART = 128                               # LR pixels of a tile that are enlarged at once
+TILE = 1448                              # LR pixels a side: 2 megapixels take 2 GB
+PART = 128                               # LR pixels a side that are enlarged together
 
 
 def radii(generator):
-    """LR pixels to each side that an SR pixel depends on: (in all, from the feature maps on)."""
-    def reach(network):                                          # each k x k kernel adds k // 2
+    """How far an SR pixel sees, in LR pixels: (in the whole network, after the long skip)."""
+    def reach(network):                                          # a k x k kernel adds k // 2
         return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
     scale = generator.arch["scale"]
     enlarging = sum(reach(layer) / 2 ** (i // 3) for i, layer in enumerate(generator.upsample))
@@ -940,14 +946,14 @@ def radii(generator):
 
 
 def split_rectangle(top, bottom, left, right, side):
-    """A rectangle in equal parts of at most side x side: [(top, bottom, left, right)]."""
+    """Divide a rectangle evenly into [(top, bottom, left, right)] of at most side x side."""
     rows, columns = (np.linspace(a, b, math.ceil((b - a) / side) + 1).astype(int)
                      for a, b in ((top, bottom), (left, right)))
     return [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
 
 
 def super_resolve(generator, lr, progress):
-    """G(LR), enlarged by parts of PART x PART; progress is called with each one's share."""
+    """G(LR), enlarged in parts of PART x PART. progress is called with the share of each part."""
     x = features(generator, lr)
     (n, _, h, w), s, radius = x.shape, generator.arch["scale"], radii(generator)[1]
     sr = torch.empty(n, 3, h * s, w * s, device=x.device)
@@ -975,10 +981,10 @@ def self_ensemble(function, lr):
 def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progress=False):
     """Super-resolve an image: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
 
-    tile: side of the parts that are computed one after the other, in LR pixels; 0 for the whole
-    image at once. It bounds the memory and does not change the result; where memory still runs
-    out, tiles are halved, down to 16. ensemble: the mean over the eight flips and rotations.
-    precision: "fp32" or "bf16". Raises TypeError for anything but uint8 [h, w, 3].
+    tile: side of the tiles, in LR pixels; 0 for one tile. It bounds the memory and does not change
+    the result; if memory still runs out, tiles are halved, down to 16. ensemble: average over the
+    eight flips and rotations. precision: "fp32" or "bf16". progress: show a progress bar.
+    Raises TypeError for anything but uint8 [h, w, 3].
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
@@ -1017,7 +1023,7 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
 
 
 def is_out_of_memory(error):
-    """Whether an exception says so in the words of torch, CUDA, cuDNN, cuBLAS or oneDNN."""
+    """Whether an error of torch, CUDA, cuDNN, cuBLAS or oneDNN means that memory ran out."""
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
              "create a memory object")
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
@@ -1025,7 +1031,7 @@ def is_out_of_memory(error):
 
 # ==================================================================================================
 # 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator", the weights (their
-#    moving average, which is the result), "arch", its arguments, and what train.py adds.
+#    moving average, which is the result), "arch", G's arguments, and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1039,17 +1045,17 @@ def float_state(network):
 
 @torch.no_grad()
 def ema_(average, current, decay):
-    """average <- decay average + (1 - decay) current, in place; both as float_state gives them."""
+    """average = decay * average + (1 - decay) * current, in place; both are float_state lists."""
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`, which takes its place on success and vanishes on failure.
+    """A temporary path beside `path`: renamed to `path` on success, deleted on failure.
 
-    Its name depends on `path` alone: what a killed process leaves, the next one replaces.
+    Its name depends only on `path`, so that the next run replaces what a killed one left behind.
     """
-    path = Path(os.path.realpath(path))                          # a link stays one
+    path = Path(os.path.realpath(path))                          # keeps links
     if path.exists() and not path.is_file():
         yield path                                               # /dev/stdout
         return
@@ -1063,25 +1069,28 @@ def replacing(path):
 
 
 def write_json(path, document):
-    """Write JSON atomically; what JSON cannot say (inf, NaN) becomes null."""
+    """Write JSON atomically; inf and NaN, which JSON lacks, become null."""
     document = json.loads(json.dumps(document), parse_constant=lambda name: None)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def save_checkpoint(path, generator, **more):
-    """Write the weights and arguments of `generator`, and whatever else is given, atomically."""
+    """Write the weights and arguments of `generator` and the items of `more`, atomically."""
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, file)
             file.flush()
-            os.fsync(file.fileno())                              # before it gets its name
-    except (RuntimeError, OSError) as error:                     # a full disk is both
+            os.fsync(file.fileno())                              # before the rename
+    except (RuntimeError, OSError) as error:                     # a full disk can raise either
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def copy_zip(file):
-    """Copy a zip file, which gives it one directory. ValueError where it takes more than itself."""
+    """Copy a zip file that may have two directories into one that has one.
+
+    Raises ValueError if its contents take more memory than the file itself.
+    """
     copied = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as new:
         entries = archive.infolist()
@@ -1095,19 +1104,19 @@ def copy_zip(file):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A dictionary that torch.save wrote. Nothing in it is executed, and reading it takes at
-    most three times its size. Raises InputError where it is anything else."""
+    """Read a dictionary that torch.save wrote. Nothing in it is executed, and reading it takes at
+    most three times its size in memory. Raises InputError if the file is anything else."""
     check_file(path)
     try:
         source = io.BytesIO(Path(path).read_bytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # unusual files load or do not
-            if source.getvalue().startswith(b"PK\3\4"):          # so torch tells zip files
+            warnings.simplefilter("ignore")                      # about unusual files
+            if source.getvalue().startswith(b"PK\3\4"):          # as torch detects zip
                 source = copy_zip(source)
-            if b"bytearray" in source.getvalue():                # torch would make one of any size
+            if b"bytearray" in source.getvalue():                # torch would allocate any size
                 raise ValueError
             state = torch.load(source, map_location=device, weights_only=True)
-    except Exception as error:                                   # torch.load raises many types
+    except Exception as error:                                   # torch.load raises anything
         raise InputError(f"{path}: no checkpoint of plain tensors "
                          f"({type(error).__name__})") from None
     if not isinstance(state, dict):
@@ -1116,15 +1125,15 @@ def load_checkpoint(path, device="cpu"):
 
 
 def check_like(saved, fresh, name):
-    """Raise InputError where `saved` has not the structure of `fresh`: keys, types, shapes, dtypes.
+    """Raise InputError unless `saved` has the keys, types, shapes and dtypes of `fresh`.
 
-    Numbers, in tensors or not, have to be finite. Everything that is loaded passes through here,
-    because a tensor of another size can crash the process.
+    All numbers have to be finite, too. Everything that is loaded passes through here, because a
+    tensor of the wrong size can crash the process.
     """
     if isinstance(fresh, dict):
         keys = {*fresh} ^ {*saved} if isinstance(saved, dict) else {name}
         if keys:
-            raise InputError(f"{name} does not fit: {one_line(min(map(str, keys)))} is on one side")
+            raise InputError(f"{name}: {one_line(min(map(str, keys)))} is missing or unexpected")
         for key in fresh:
             check_like(saved[key], fresh[key], f"{name}.{key}")
     elif isinstance(fresh, torch.Tensor):
@@ -1139,17 +1148,17 @@ def check_like(saved, fresh, name):
 
 
 def make_generator(block="residual", **arch):
-    """A generator by the name of its block, one of GENERATORS, and its other arguments."""
+    """The generator that GENERATORS lists for `block`, with the given arguments."""
     return GENERATORS[block](**arch)
 
 
 def load_generator(path, device="cpu"):
-    """The generator of any checkpoint that train.py wrote: float32, eval mode. InputError."""
+    """The generator of a checkpoint of train.py: float32, in eval mode. Raises InputError."""
     state = load_checkpoint(path)
     arch, weights = state.get("arch"), state.get("generator")
     if not isinstance(arch, dict) or not isinstance(weights, dict):
         raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
-    arch = {"block": "residual", "tanh": True} | arch            # older versions lack them
+    arch = {"block": "residual", "tanh": True} | arch            # missing in old files
     try:
         check_like(arch, {"scale": 4, "channels": 64, "n_blocks": 16, "block": "", "tanh": True},
                    "arch")
@@ -1166,7 +1175,7 @@ def load_generator(path, device="cpu"):
 
 
 def load_features(network, weights, url):
-    """Give a content network its weights, see TruncatedVGG19. Returns it. Raises InputError."""
+    """Load weights into a content network, see TruncatedVGG19; returns it. Raises InputError."""
     if weights == "random":
         rng = torch.Generator().manual_seed(0)
         for p in network.parameters():
@@ -1176,10 +1185,10 @@ def load_features(network, weights, url):
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
                                                        check_hash=True)
-        except Exception as error:                               # no network, cut off, wrong hash
-            raise InputError(f"cannot download {url} ({one_line(error)}); fetch it elsewhere and "
-                             "name it with --feature-weights FILE, or try things out with "
-                             "--feature-weights random") from None
+        except Exception as error:                               # offline, cut off, wrong hash
+            raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
+                             "and pass --feature-weights FILE, or --feature-weights random to "
+                             "try things out") from None
     else:
         state = load_checkpoint(weights)
     state = {str(key).removeprefix("features."): value for key, value in state.items()}
@@ -1198,9 +1207,9 @@ def run(main):
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.filterwarnings("ignore", module="PIL")              # of odd files
+    warnings.filterwarnings("ignore", module="PIL")              # about odd files
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                           # closed, as cron may have it
+        if getattr(sys, name) is None:                           # closed, for example by cron
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
@@ -1220,11 +1229,11 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: what presets of later work select, each with its source.
+# 8. Beyond the paper: what the presets of later work select, each with its source.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
-    """Wang et al. 2018, Fig. 4: five k3 convolutions, each of all maps before it, LeakyReLU."""
+    """Wang et al. 2018, Fig. 4: five k3 convolutions, each sees all earlier maps; LeakyReLU."""
 
     def __init__(self, n, growth=32):
         super().__init__()
@@ -1250,7 +1259,7 @@ class RRDB(nn.Module):
 
 
 class RRDBGenerator(Generator):
-    """A generator of RRDBs. The default arguments are the paper's, not ESRGAN's 23 blocks."""
+    """G with RRDBs. The default arguments are those of the paper, not ESRGAN's 23 blocks."""
     block = "rrdb"
 
     def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
@@ -1263,22 +1272,22 @@ class RRDBGenerator(Generator):
 
 @torch.no_grad()
 def start_as_nearest(generator):
-    """Let G begin as nearest-neighbour upsampling: it learns faster, and shows no checkerboard.
+    """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
-    Three channels carry RGB from end to end, and the r^2 filters that PixelShuffle weaves into one
-    map start alike (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    Three channels carry RGB from end to end. The r^2 filters that PixelShuffle interleaves to one
+    map start with the same weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
     """
     nn.init.dirac_(generator.head[0].weight[:3])
     generator.head[0].bias[:3] = 0
-    for p in generator.fuse[-1].parameters():                    # the residual blocks' sum is 0
+    for p in generator.fuse[-1].parameters():                    # the skip connection alone
         nn.init.zeros_(p)
     for conv in generator.upsample[::3]:
         nn.init.dirac_(conv.weight[:12:4])
         conv.bias[:12:4] = 0
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
-    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) takes [0, 1]
-    generator.tail.bias.fill_(-1.25)                             # nearly to [-1, 1]
+    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) maps [0, 1]
+    generator.tail.bias.fill_(-1.25)                             # to nearly [-1, 1]
 
 
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
@@ -1287,7 +1296,7 @@ NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
 class TruncatedSqueezeNet(ContentNetwork):
-    """SqueezeNet 1.1 up to features[layer], a sixtieth of VGG19's work. See TruncatedVGG19.
+    """SqueezeNet 1.1 up to features[layer]: 1/60 of the work of VGG19. See TruncatedVGG19.
 
     layer "12" is the last: [N, 3, 96, 96] -> [N, 512, 5, 5].
     """
@@ -1301,10 +1310,11 @@ class TruncatedSqueezeNet(ContentNetwork):
 
 
 def grid_loss(sr, hr, scale=4, window=8):
-    """What tells the scale^2 places within an LR pixel apart. [N, 3, H, W] twice -> scalar.
+    """Penalise a grid of the period of an LR pixel. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean of SR - HR at each place in windows of LR pixels: texture cancels out, a grid stays.
-    And how far the strength of SR's detail at each place is from that at all: dots in rows.
+    An LR pixel covers scale^2 positions of SR. First term: the mean error at each position, over
+    windows of LR pixels; texture cancels out, a grid remains. Second term: how much the strength
+    of SR's detail differs between the positions, as it does in rows of dots.
     """
     error = F.pixel_unshuffle(sr - hr, scale)                    # [N, 3 x 16, h, w]
     error = F.avg_pool2d(error, min(window, *error.shape[2:]))   # [N, 3 x 16, h / 8, w / 8]
@@ -1316,9 +1326,11 @@ def grid_loss(sr, hr, scale=4, window=8):
 
 
 def fourier_loss(sr, hr, window=16):
-    """The amplitude loss of Fuoli et al. 2021, arXiv:2106.00783, in half-overlapping windows, of
-    grey and two colour differences: how much texture of each kind there is, and not where each
-    hair lies. [N, 3, H, W] twice -> scalar."""
+    """The Fourier amplitude loss of Fuoli et al. 2021, arXiv:2106.00783, in overlapping windows.
+
+    It compares how much texture of each frequency and direction there is, but not where: on grey
+    and on two colour differences. [N, 3, H, W] in [-1, 1] twice, H and W >= window -> scalar.
+    """
     hann = torch.hann_window(window, periodic=False, device=sr.device)
     hann = hann / hann.square().mean().sqrt()
 
@@ -1345,7 +1357,7 @@ CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the s
 
 
 def relativistic_adversarial_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR is to look more real than the mean HR, and HR less than SR."""
+    """Wang et al. 2018, Eq. 2: SR is to look more real than the average HR, and HR less than SR."""
     fake = D(sr)
     with torch.no_grad():
         real = D(hr)
@@ -1360,8 +1372,8 @@ def input_gradient(D, x):
 
 
 def gradient_penalty(D, sr, hr):
-    """Gulrajani et al. 2017, arXiv:1704.00028, Eq. 3: mean of (|grad D(x)| - 1)^2 at random x
-    between SR and HR."""
+    """Gulrajani et al. 2017, arXiv:1704.00028, Eq. 3: the mean of (|grad D(x)| - 1)^2 at random
+    points x between SR and HR."""
     mix = torch.rand(len(hr), 1, 1, 1, dtype=hr.dtype, device=hr.device)
     return (input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1) - 1).square().mean()
 
@@ -1382,8 +1394,10 @@ PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # 
 
 
 class ShiftedUpdate(Update):
-    """SR and HR are moved together, at random and cyclically, by 0 to `shift` pixels before each
-    step: strides in D and pooling in phi favour some places, and G answers with a pattern."""
+    """Roll SR and HR together by a random 0 to `shift` pixels before each step.
+
+    Without it, strides in D and pooling in phi favour some positions, and G learns their pattern.
+    """
 
     def __init__(self, shift, *args):
         super().__init__(*args)
@@ -1401,7 +1415,7 @@ class ShiftedUpdate(Update):
 
 
 class CriticSteps:
-    """Gulrajani et al. 2017: several steps of D, each on a batch of its own, to one step of G."""
+    """Gulrajani et al. 2017: several steps of D, each with its own batch, for each step of G."""
 
     def __init__(self, update):
         self.update = update
@@ -1416,11 +1430,11 @@ class CriticSteps:
 
 
 # ==================================================================================================
-# 9. Speed: the same mathematics, computed faster. `Fast` puts the fast forms in place of Fig. 4's.
+# 9. Speed: the same mathematics, computed faster. `Fast` replaces the forms that follow Fig. 4.
 # ==================================================================================================
 
 class Fast(nn.Module):
-    """A network as training calls it: fast forms, in the precision given, float32 in and out.
+    """A network as training calls it: in its fast form and the given precision, float32 in and out.
 
     It shares the network's parameters; save and load the network itself.
     """
@@ -1434,7 +1448,7 @@ class Fast(nn.Module):
             elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
                 module.inplace = True
         if isinstance(network, ContentNetwork) and precision == "bf16":
-            network.features.bfloat16()                          # as autocast would, each time
+            network.features.bfloat16()                          # once, not at each call
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -1452,7 +1466,7 @@ def features(generator, lr):
 def enlarge(generator, x):
     """The rest of Fig. 4: [N, channels, h, w] -> SR [N, 3, scale h, scale w].
 
-    PReLU acts on each value alone, so the last shuffle may come after it and after the tail.
+    PReLU treats each value by itself, so the last shuffle can follow it, and even the tail.
     """
     *layers, _, activation = generator.upsample
     for layer in layers:
@@ -1463,24 +1477,25 @@ def enlarge(generator, x):
 def conv_of_shuffled(x, conv, r=2):
     """conv(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, rh, rw].
 
-    An SR pixel at one of the r^2 places within an LR pixel sees fixed places within the LR pixels
-    around it. So k x k weights on c maps, moved by the place and unshuffled, are weights on c r^2
-    maps: 9x9 from 64 to 3 maps becomes 5x5 from 256 to 12, and 3 large maps are shuffled, not 64.
+    An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
+    pixels around it. So k x k weights for c maps, shifted by the position and unshuffled, become
+    weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12 maps, after which
+    3 large maps are shuffled instead of 64.
     """
     k, p = conv.kernel_size[0], conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
-    side = r * (2 * reach + 1)                                   # 9x9 moves within 10x10
-    places = range(r * reach - p, r * reach - p + r)
-    moved = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
-             for top in places for left in places]               # [3, 64, 10, 10] each
-    weight = F.pixel_unshuffle(torch.stack(moved, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
+    side = r * (2 * reach + 1)                                   # 9x9 shifts within 10x10
+    shifts = range(r * reach - p, r * reach - p + r)
+    shifted = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
+               for top in shifts for left in shifts]             # [3, 64, 10, 10] each
+    weight = F.pixel_unshuffle(torch.stack(shifted, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = conv.bias.repeat_interleave(r * r)
     return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
 
 
 class FastPReLU(nn.PReLU):
-    """PReLU with one slope; on the CPU its gradient takes half the time of torch's."""
+    """PReLU with one slope; on the CPU its gradient takes half as long as torch's."""
 
     def forward(self, x):
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -1489,7 +1504,7 @@ class FastPReLU(nn.PReLU):
 
 
 class PReLUFunction(torch.autograd.Function):
-    """max(0, x) + a min(0, x), and its gradients by x and a."""
+    """max(0, x) + a min(0, x), and its gradients with respect to x and a."""
 
     @staticmethod
     def forward(ctx, x, a):
@@ -1504,7 +1519,7 @@ class PReLUFunction(torch.autograd.Function):
 
 
 def optimize_for_inference(generator):
-    """A copy, the same function: BN becomes part of the convolution before it, PReLU in place."""
+    """A copy that computes the same, with BN folded into the convolutions and PReLU in place."""
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
     for layers in (generator.head, generator.fuse, generator.upsample,
                    *[block.body for block in generator.blocks]):
@@ -1518,20 +1533,20 @@ def optimize_for_inference(generator):
 
 
 def pick_device(name="auto"):
-    """"auto" (the first CUDA GPU, else the CPU) or a device by torch's name. Raises InputError."""
+    """The torch.device of this name; "auto": the first CUDA GPU or the CPU. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()                       # "meta" has no numbers
+        torch.zeros(1, device=name).item()                       # fails on "meta"
         return torch.device(name)
-    except Exception:                                            # torch raises several types
-        raise InputError(f"device {name!r} cannot be used here; take auto or cpu, or on a machine "
+    except Exception:                                            # torch raises various types
+        raise InputError(f"device {name!r} cannot be used here; use auto or cpu, or, on a machine "
                          "that has it, cuda, cuda:1 or mps") from None
 
 
 @functools.cache
 def pick_precision(device, name="auto"):
-    """"fp32" or "bf16" as named; for "auto", in which this device is faster, by a measurement."""
+    """"fp32" or "bf16"; "auto" measures which of them is faster on this device."""
     if name != "auto":
         return name
 
@@ -1548,10 +1563,10 @@ def pick_precision(device, name="auto"):
 
 
 class Graphed:
-    """A function of tensors, {name: tensor} its result, replayed as one CUDA graph: one launch.
+    """Replay a function of tensors, which returns {name: tensor}, as one CUDA graph: one launch.
 
-    The first calls run as they are, which capturing needs; then the graph is replayed on copies of
-    the inputs. New shapes are captured anew. What else the function uses has to stay in its place.
+    The first calls run eagerly, which capturing needs; later ones replay the graph on copies of
+    their inputs. New shapes are captured again. Whatever else the function uses must stay in place.
     """
     warmup = 3
 
@@ -1563,7 +1578,7 @@ class Graphed:
         if (shapes := [tensor.shape for tensor in tensors]) != self.shapes:
             self.shapes, self.calls = shapes, 0
         self.calls += 1
-        if self.calls <= self.warmup:                            # on a stream of its own
+        if self.calls <= self.warmup:                            # on a separate stream
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = self.function(*tensors)
