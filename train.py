@@ -3,9 +3,9 @@ r"""Train SRResNet (stage 1), then SRGAN (stage 2).
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage srresnet
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage gan
 
-Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM finishes the update, saves and
-exits; --resume goes on from there, on the CPU bit for bit. All settings, and how to change one;
-four GPUs; two machines with eight each and one run folder (--batch-size counts for each GPU):
+Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM ends a run after the current
+update and saves it; --resume continues it, on the CPU bit for bit. To list all settings, to
+change one, and to train on four GPUs or on two machines with eight GPUs each:
 
     python train.py --list-settings
     python train.py --data photos --stage gan --preset srgan-vgg22 --set gan.lr=5e-5
@@ -13,7 +13,7 @@ four GPUs; two machines with eight each and one run folder (--batch-size counts 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
         train.py --data ...
 
-The update itself is srgan.Update. Here: settings, the run folder, setting up, and the loop.
+--batch-size is per GPU; the machines share the run folder. The update itself is srgan.Update.
 """
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ SCORES = [name + end for name in srgan.METRICS for end in ("", "_std")]
 COLUMNS = ("epoch", "update", "lr", *LOSSES, *SCORES, "updates_per_s", "memory_mb")
 
 
-# Settings: defaults and presets are in config.json, allowed values and meanings here.
+# Settings. Their defaults and presets are in config.json, their allowed values and meanings here.
 
 def between(low, high):
     return lambda value: low <= value <= high, f"{low:g} to {high:g}"
@@ -68,77 +68,80 @@ def ascending(values):
 
 PHI = {f"{name}:{i}" for name, network in srgan.CONTENT_NETWORKS.items() for i in network.layers}
 WEIGHT, YES_NO = between(0, 1e6), (lambda value: value in (True, False), "true or false")
-SETTINGS = {  # the last part of a setting's name, or all of it: ((check, allowed values), meaning)
+SETTINGS = {  # full name of a setting, or its last part: ((check, allowed values), meaning)
     "scale": (one_of(*srgan.SCALES), "how many times larger SR is than LR"),
     "channels": (between(3, 1024), "feature maps of the generator"),
     "n_blocks": (between(0, 256), "residual blocks of the generator"),
     "block": (one_of(*srgan.GENERATORS), "kind of residual block"),
     "tanh": (YES_NO, "Tanh after the generator's last convolution"),
-    "init": (one_of(*srgan.INITS), "how the generator starts: as nearest neighbour, or at random"),
+    "init": (one_of(*srgan.INITS), "G starts as nearest-neighbour upsampling, or at random"),
     "discriminator.channels": ((lambda v: 0 < len(v) < 17 and ints(v, 1, 4096), "1 to 16 numbers"),
-                               "feature maps of its convolutions"),
-    "first_kernel": (one_of(1, 3, 5, 7, 9, 11), "the discriminator's first kernel"),
+                               "feature maps of each convolution of the discriminator"),
+    "first_kernel": (one_of(1, 3, 5, 7, 9, 11), "kernel size of D's first convolution"),
     "norm": (one_of(*srgan.NORMS), "the discriminator's normalisation"),
-    "pool": (between(0, 64), "pool to so many positions, so that all patch sizes fit; 0: do not"),
-    "content_network": ((lambda v: v in PHI, "vgg19:1_1 to 5_4, squeezenet1_1:0 to 12"), "Eq. 5"),
-    "content_weights": ((len, "imagenet, random or a file"), "where phi's weights come from"),
+    "pool": (between(0, 64), "average D's feature maps to this size, for any patch size; 0: off"),
+    "content_network": ((lambda v: v in PHI, "vgg19:1_1 to 5_4, squeezenet1_1:0 to 12"),
+                        "phi of Eq. 5: network and layer"),
+    "content_weights": ((len, "imagenet, random or a file"), "the weights of phi"),
     "content_divisor": (between(1e-6, 1e6), "divides phi's feature maps (Sec. 3.2)"),
     "patch_size": (between(32, 4096), "side of the HR patches, a multiple of scale"),
     "batch_size": (between(1, 65536), "patches per update and GPU"),
-    "kernel": (one_of(*srgan.KERNELS), "how LR is made: Sec. 3.2 says bicubic, Sec. 2 gaussian"),
-    "augment": (one_of(*srgan.SYMMETRIES), "mirror images, or all flips and rotations"),
-    "crop_margin": (between(0, 0.49), "part of each side that patches keep from the border"),
-    "store": (one_of("auto", "always", "never"), "decoded images on disk, or decoded each time"),
+    "kernel": (one_of(*srgan.KERNELS), "how LR is made: bicubic (Sec. 3.2) or gaussian (Sec. 2)"),
+    "augment": (one_of(*srgan.SYMMETRIES), "nothing, mirror images, or all flips and rotations"),
+    "crop_margin": (between(0, 0.49), "border without patches, as a share of each side"),
+    "store": (one_of("auto", "always", "never"), "whether decoded images are stored on disk"),
     "split": ((lambda v: len(v) == 3 and ints(v, 0) and sum(v) == 100 and v[0] * v[1] > 0,
-               "three percentages"), "training, validation and test, where there is no --val"),
-    "validate_on": (between(0, 1e9), "how many held-out images to validate on; 0: all"),
+               "percentages, in total 100"), "training, validation and test, if there is no --val"),
+    "validate_on": (between(0, 1e9), "how many of the held-out images to validate on; 0: all"),
     "steps_per_epoch": (between(1, 1e9), "updates per epoch"),
     "epochs": (between(1, 1e9), "length of the stage"),
     "lr": (between(1e-12, 10), "learning rate"),
     "discriminator_lr": (between(0, 10), "the discriminator's learning rate; 0: the same"),
     "betas": ((lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
-               "two numbers below 1"), "Adam's beta1 and beta2"),
+               "two numbers from 0 to below 1"), "Adam's beta1 and beta2"),
     "schedule": (one_of("constant", "step", "cosine"), "how the learning rate changes"),
-    "milestones": ((ascending, "epochs"), "step: a tenth of the rate after each"),
-    "warmup": (between(0, 1e9), "updates in which the rate rises from 0"),
+    "milestones": ((ascending, "ascending epochs"), "step: divide the rate by 10 after each"),
+    "warmup": (between(0, 1e9), "updates during which the rate rises from 0"),
     "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g[1:], 32, 4096) for g in v)
               and ascending([g[0] for g in v]), "[[epoch, size], ...]"), "larger patches later"),
-    "pixel_loss": (one_of(*srgan.PIXEL_LOSSES), "Eq. 4, or L1 in its place"),
-    **{f"{name}_weight": (WEIGHT, f"of the {name} loss") for name in srgan.CONTENT_LOSSES},
-    "adversarial_loss": (one_of(*srgan.ADVERSARIAL_LOSSES), "Eq. 2 and 6 (bce), or another game"),
+    "pixel_loss": (one_of(*srgan.PIXEL_LOSSES), "the MSE of Eq. 4, or L1"),
+    **{f"{name}_weight": (WEIGHT, f"weight of the {name} loss") for name in srgan.CONTENT_LOSSES},
+    "adversarial_loss": (one_of(*srgan.ADVERSARIAL_LOSSES), "bce (Eq. 2 and 6), or a later one"),
     "adversarial_weight": (between(1e-12, 1e6), "weight of the adversarial loss in Eq. 3"),
-    **{name: (WEIGHT, "its weight in D's loss") for name in srgan.PENALTIES},
-    "discriminator_steps": (between(1, 100), "steps of D to one of G"),
-    "shift": (between(0, 64), "move SR and HR together by up to so many pixels before the losses"),
+    **{name: (WEIGHT, "weight of this penalty in D's loss") for name in srgan.PENALTIES},
+    "discriminator_steps": (between(1, 100), "steps of D for each step of G"),
+    "shift": (between(0, 64), "largest random shift, in pixels, of SR and HR before the losses"),
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
     "checkpoint_every": (between(0, 1e9), "epochs from one checkpoint_epoch_XXXX.pth to the next"),
-    "lpips": (YES_NO, "measure LPIPS, too, which downloads AlexNet"),
-    "precision": (one_of("auto", "bf16", "fp32"), "auto: what this machine computes faster"),
+    "lpips": (YES_NO, "also measure LPIPS, which downloads AlexNet"),
+    "precision": (one_of("auto", "bf16", "fp32"), "auto: whichever is faster on this machine"),
     "compile": (one_of("auto", "yes", "no"), "torch.compile; auto: on CUDA"),
-    "seed": (between(0, 2 ** 62), "of initialisation and patches"),
+    "seed": (between(0, 2 ** 62), "random seed of the initialisation and the patches"),
 }
 RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}
 
 
 def change(config, changes, prefix=""):
-    """Change settings of `config` in place. Raises InputError, naming the setting at fault."""
+    """Change settings of `config` in place. Raises InputError, which names the wrong setting."""
     if not isinstance(changes, dict):
-        raise InputError(f"{prefix.rstrip('.') or 'the configuration'}: a group of settings")
+        raise InputError(f"{prefix[:-1] or 'the configuration'} must be a group of settings")
     for key, value in changes.items():
         name = prefix + str(key)[:80]
         if key in RETIRED:
             srgan.say(f"{name} is no longer a setting; ignored")
         elif key not in config:
             known = [*settings(config, prefix)]
-            near = [n for n in known if n.split(".")[-1] == key]
-            near = " or ".join(near or get_close_matches(name, known, 1))
-            raise InputError(f"unknown setting {name}" + f"; did you mean {near}?" * bool(near))
+            near = [other for other in known if other.split(".")[-1] == key]
+            near = near or get_close_matches(name, known, 1)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"unknown setting {name}{hint}")
         elif isinstance(config[key], dict):
             change(config[key], value, name + ".")
         else:
-            kind, ((check, allowed), _) = type(config[key]), SETTINGS.get(name) or SETTINGS[key]
+            (check, allowed), _ = SETTINGS.get(name) or SETTINGS[key]
+            kind = type(config[key])
             if kind is float and type(value) is int and abs(value) < 2 ** 63:
                 value = float(value)
             if type(value) is not kind or not check(value):      # NaN passes no check
@@ -147,7 +150,7 @@ def change(config, changes, prefix=""):
 
 
 def settings(config, prefix=""):
-    """{full name: value} of a configuration."""
+    """A configuration as {full name: value}."""
     flat = {}
     for key, value in config.items():
         name = prefix + key
@@ -160,13 +163,13 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no JSON file ({srgan.one_line(error)})") from None
+        raise InputError(f"{path}: not valid JSON ({srgan.one_line(error)})") from None
 
 
 def resolve_config(args, saved=None):
-    """The base of config.json, or a resumed run's settings; then preset, --config and --set."""
-    file = read_json(ROOT / "config.json")
-    config, stage = file["base"], args.stage
+    """config.json's base or a resumed run's settings, changed by preset, --config and --set."""
+    file, stage = read_json(ROOT / "config.json"), args.stage
+    config = file["base"]
     change(config, saved or {})
     file["presets"][args.preset].pop("about")
     change(config, file["presets"][args.preset])
@@ -186,9 +189,9 @@ def resolve_config(args, saved=None):
     grow = config[stage]["grow"]
     for size in (config["patch_size"], *(size for _, size in grow)):
         if size % config["scale"]:
-            raise InputError(f"patch_size {size} is no multiple of scale {config['scale']}")
+            raise InputError(f"patch_size {size} is not a multiple of scale {config['scale']}")
     if stage == "gan" and grow and not config["discriminator"]["pool"]:
-        raise InputError("gan.grow needs discriminator.pool, or D's dense layer fits one size only")
+        raise InputError("gan.grow needs discriminator.pool: D without it fits one patch size only")
     if not any(config[stage][f"{name}_weight"] for name in srgan.CONTENT_LOSSES if name != "tv"):
         raise InputError(f"{stage}: the weights of all losses that compare SR with HR are 0")
     return config
@@ -199,14 +202,14 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", metavar="DIR", help="folders of HR images to train on", required=True)
-    add("--lr-data", metavar="DIR", help="their LR images, if they are not to be made from HR")
-    add("--val", metavar="DIR", help="HR images to validate on (default: held out of --data)")
+    add("--lr-data", metavar="DIR", help="LR images of --data (default: made from HR)")
+    add("--val", metavar="DIR", help="HR images to validate on (default: a part of --data)")
     add("--stage", choices=("srresnet", "gan"), required=True)
     add("--list-settings", "--list-presets", action="version", version=list_settings(),
         help="print all presets and settings, and exit")
     add("--preset", default="paper", choices=read_json(ROOT / "config.json")["presets"],
         metavar="NAME", help="one of config.json's presets")
-    add("--config", metavar="FILE", help="settings from a JSON file laid out as config.json's base")
+    add("--config", metavar="FILE", help="JSON file of settings, laid out like config.json's base")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     for flag, name in {"--epochs": "STAGE.epochs", "--steps-per-epoch": "steps_per_epoch",
                        "--batch-size": "batch_size", "--lr": "STAGE.lr", "--seed": "seed",
@@ -218,14 +221,14 @@ def parse_args(argv=None):
     start.add_argument("--init", metavar="CKPT", help="generator to start from (stage gan: by "
         "default runs/srresnet/checkpoint_best_psnr.pth, else weights/srresnet.pth)")
     start.add_argument("--resume", nargs="?", const=True, metavar="CKPT",
-        help="go on from the run folder's checkpoint_latest.pth, or from CKPT")
+        help="continue from the run folder's checkpoint_latest.pth, or from CKPT")
     add("--out", metavar="DIR", help="run folder (default: runs/STAGE)")
-    add("--cache", default="cache", metavar="DIR", help="where decoded images are kept")
-    add("--device", default="auto")
-    add("--wandb", action="store_true", help="log to Weights & Biases, too (pip install wandb)")
+    add("--cache", default="cache", metavar="DIR", help="folder of decoded images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     args = parser.parse_args(argv)
     if args.lr_data and len(args.data) > 1:
-        parser.error("--lr-data goes with one --data folder")
+        parser.error("--lr-data needs exactly one --data folder")
     if "" in [*vars(args).values(), *args.data, *args.set]:
         parser.error("an argument is empty")
     if args.wandb and not find_spec("wandb"):
@@ -234,7 +237,7 @@ def parse_args(argv=None):
 
 
 def list_settings():
-    """The presets, then each setting's default, meaning and allowed values."""
+    """A text: the presets, then each setting's default, meaning and allowed values."""
     file = read_json(ROOT / "config.json")
     lines = [f"--preset {name:20s} {preset['about']}" for name, preset in file["presets"].items()]
     for name, default in settings(file["base"]).items():
@@ -249,85 +252,86 @@ class State:
     """Networks, optimisers and counters: what a checkpoint holds and --resume restores."""
 
     def __init__(self, networks, values, device):
-        self.networks, self.average = networks, copy.deepcopy(networks["generator"])
-        self.average.eval().requires_grad_(False)                # the moving average: the result
-        self.base_rates = values["lr"], values.get("discriminator_lr") or values["lr"]
+        self.networks = networks
+        self.average = copy.deepcopy(networks["generator"])      # the moving average: the result
+        self.average.eval().requires_grad_(False)
+        rates = values["lr"], values.get("discriminator_lr") or values["lr"]
+        self.base_rates = dict(zip(networks, rates))
         betas = tuple(map(float, values["betas"]))
         self.adam = {name: torch.optim.Adam(network.parameters(), torch.tensor(rate, device=device),
                                             betas, fused=True, capturable=True)  # for a CUDA graph
-                     for rate, (name, network) in zip(self.base_rates, networks.items())}
+                     for rate, (name, network) in zip(rates, networks.items())}
         self.sums = {name: torch.zeros((), device=device) for name in LOSSES}
         self.step, self.seconds, self.best, self.baselines = 0, 0.0, {}, {}
         self.ema_pair = srgan.float_state(self.average), srgan.float_state(networks["generator"])
 
     def set_rates(self, factor):
-        for rate, adam in zip(self.base_rates, self.adam.values()):
-            adam.param_groups[0]["lr"].fill_(rate * factor)
+        for name, adam in self.adam.items():
+            adam.param_groups[0]["lr"].fill_(self.base_rates[name] * factor)
 
     def record(self, losses, decay):
-        """After an update: add up its losses, count it, let the average follow."""
+        """After an update: sum up its losses, count it, and update the moving average."""
         torch._foreach_add_([self.sums[name] for name in losses],
                             [loss.detach().float() for loss in losses.values()])
         self.step += 1
         srgan.ema_(*self.ema_pair, min(decay, (1 + self.step) / (10 + self.step)))
 
     def mean_losses(self, n):
-        """{name: mean over n updates}; the sums begin anew."""
+        """The mean of each loss over the last n updates; resets the sums."""
         means = {name: total.item() / n for name, total in self.sums.items()}
         torch._foreach_zero_([*self.sums.values()])
         return means
 
     def is_finite(self):
-        tensors = sum(map(srgan.float_state, self.networks.values()), [*self.sums.values()])
-        return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())
+        """Whether all losses and weights are finite."""
+        tensors = [*self.sums.values()]
+        for network in self.networks.values():
+            tensors += srgan.float_state(network)
+        return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all().item()
 
     def training(self):
-        """What only a resumed run needs: {name: state}."""
+        """The part of a checkpoint that only a resumed run needs."""
         return {"sums": self.sums,
                 **{name: network.state_dict() for name, network in self.networks.items()},
                 **{f"{name}_adam": adam.state_dict()["state"] for name, adam in self.adam.items()}}
 
-    def resume(self, saved):
-        """Restore what a checkpoint saved. Raises InputError."""
-        try:
-            self.restore(saved)
-        except Exception as error:                               # a hostile file raises any type
-            raise InputError(f"it cannot be resumed: {srgan.one_line(error)}") from None
-
     @torch.no_grad()
-    def restore(self, saved):
-        """Take over a checkpoint. Raises InputError where its structure is not this one's."""
-        like = {"training": self.training(), "generator": self.average.state_dict(),
-                "step": 0, "seconds": 0.0}
-        training = saved["training"]
-        for name, network in self.networks.items():
-            if f"{name}_optimizer" in training:                  # of an older version
-                old = training.pop(f"{name}_optimizer")
-                training |= {f"{name}_adam": old["state"], "sums": {}}
-            if saved["step"]:
-                like["training"][f"{name}_adam"] = {
-                    i: {"step": self.sums["loss"], "exp_avg": p, "exp_avg_sq": p}
-                    for i, p in enumerate(network.parameters())}
-        training["sums"] = self.sums | training["sums"]          # a loss may be new
-        srgan.check_like({key: saved[key] for key in like}, like, "checkpoint")
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.best = {name: {"mean": float(best["mean"]), "std": float(best["std"]),
-                            "epoch": int(best["epoch"])} for name, best in saved["best"].items()
-                     if name in srgan.METRICS and not math.isnan(best["mean"])}
-        self.average.load_state_dict(saved["generator"])
-        for name, network in self.networks.items():
-            network.load_state_dict(training[name])
-            adam = f"{name}_adam"
-            for p, (i, fresh) in zip(network.parameters(), like["training"][adam].items()):
-                self.adam[name].state[p] = {                     # fused Adam reads memory flat
-                    key: torch.empty_like(tensor).copy_(training[adam][i][key])
-                    for key, tensor in fresh.items()}
-        for name, total in self.sums.items():
-            total.copy_(training["sums"][name])
+    def resume(self, saved):
+        """Restore the state of a checkpoint. Raises InputError if it does not fit."""
+        try:
+            expected = {"training": self.training(), "generator": self.average.state_dict(),
+                        "step": 0, "seconds": 0.0}
+            training = saved["training"]
+            for name, network in self.networks.items():
+                if f"{name}_optimizer" in training:              # saved by an older version
+                    old = training.pop(f"{name}_optimizer")
+                    training |= {f"{name}_adam": old["state"], "sums": {}}
+                if saved["step"]:
+                    expected["training"][f"{name}_adam"] = {
+                        i: {"step": self.sums["loss"], "exp_avg": p, "exp_avg_sq": p}
+                        for i, p in enumerate(network.parameters())}
+            training["sums"] = self.sums | training["sums"]      # losses added since are 0
+            srgan.check_like({key: saved[key] for key in expected}, expected, "checkpoint")
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.best = {name: {"mean": float(best["mean"]), "std": float(best["std"]),
+                                "epoch": int(best["epoch"])} for name, best in saved["best"].items()
+                         if name in srgan.METRICS and not math.isnan(best["mean"])}
+            self.average.load_state_dict(saved["generator"])
+            for name, network in self.networks.items():
+                network.load_state_dict(training[name])
+                adam = f"{name}_adam"
+                for p, (i, like) in zip(network.parameters(), expected["training"][adam].items()):
+                    self.adam[name].state[p] = {                 # in the memory layout of p
+                        key: torch.empty_like(tensor).copy_(training[adam][i][key])
+                        for key, tensor in like.items()}
+            for name, total in self.sums.items():
+                total.copy_(training["sums"][name])
+        except Exception as error:                               # a hostile file raises any type
+            raise InputError(f"the checkpoint cannot be resumed: {srgan.one_line(error)}") from None
 
 
 class RunFolder:
-    """config.json, metrics.csv, summary.json, curves.png, samples/ and the checkpoints of a run."""
+    """A run's config.json, metrics.csv, summary.json, curves.png, samples/ and checkpoints."""
 
     def __init__(self, path, args, config, state, pairs, device, start, saved):
         self.path, self.stage, self.config, self.state = path, args.stage, config, state
@@ -336,7 +340,7 @@ class RunFolder:
                       "lr_data": args.lr_data or "", "val": args.val or "",
                       "device": str(device), "torch": torch.__version__}
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(path / "metrics.csv", state.step)  # what came later is done again
+        self.rows = read_rows(path / "metrics.csv", state.step)  # later epochs are repeated
         srgan.write_json(path / "config.json", config)
         if not find_spec("matplotlib"):
             srgan.say("matplotlib is not installed; going on without curves.png")
@@ -347,17 +351,17 @@ class RunFolder:
         self.measure_baselines(start, saved)
 
     def measure_baselines(self, start, saved):
-        """Bicubic upscaling, and the network that the stage starts, or started, from."""
-        state = self.state
-        state.baselines["bicubic"] = validate(None, self.pairs, self.config, self.metrics)
+        """Measure bicubic upscaling and the generator that the stage started from."""
+        baselines = self.state.baselines
+        baselines["bicubic"] = validate(None, self.pairs, self.config, self.metrics)
         if start:
-            state.baselines["start"] = validate(start, self.pairs, self.config, self.metrics)
-        with contextlib.suppress(InputError, KeyError, TypeError):  # of a run that is resumed
-            srgan.check_like(saved["baselines"]["start"], state.baselines["bicubic"], "start")
-            state.baselines["start"] = saved["baselines"]["start"]
+            baselines["start"] = validate(start, self.pairs, self.config, self.metrics)
+        with contextlib.suppress(InputError, KeyError, TypeError):  # only a resumed run has it
+            srgan.check_like(saved["baselines"]["start"], baselines["bicubic"], "start")
+            baselines["start"] = saved["baselines"]["start"]
 
     def save(self, name="latest"):
-        """Write a checkpoint of the average; "latest" can be resumed."""
+        """Write a checkpoint of the moving average; only "latest" can be resumed."""
         state = self.state
         more = {"training": state.training()} if name == "latest" else {}
         srgan.save_checkpoint(self.path / f"checkpoint_{name}.pth", state.average, best=state.best,
@@ -374,7 +378,8 @@ class RunFolder:
             bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(metrics)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
             for name in self.metrics:
-                mean, sign = metrics[name]["mean"], 2 * srgan.METRICS[name].higher_is_better - 1
+                mean = metrics[name]["mean"]
+                sign = 1 if srgan.METRICS[name].higher_is_better else -1
                 row |= {name: mean, f"{name}_std": metrics[name]["std"]}
                 if name not in best or sign * mean > sign * best[name]["mean"]:
                     best[name] = {**metrics[name], "epoch": epoch}
@@ -385,7 +390,7 @@ class RunFolder:
         self.save()
 
     def log(self, row):
-        """metrics.csv, summary.json, curves.png and Weights & Biases."""
+        """Add a row to metrics.csv, summary.json, curves.png and Weights & Biases."""
         self.rows.append(row)
         with srgan.replacing(self.path / "metrics.csv") as temporary, \
                 open(temporary, "w", newline="") as file:
@@ -402,10 +407,10 @@ class RunFolder:
             self.tracker.log(row, step=state.step)
 
     def close(self, total):
-        """After the last update, or a signal."""
+        """End the log; after a signal, also save the run."""
         if self.state.step < total:
             self.save()
-            print(f"stopped after update {self.state.step} of {total}; go on with --resume")
+            print(f"stopped after update {self.state.step} of {total}; continue with --resume")
         else:
             print(f"done; the results are in {self.path}")
         if self.tracker:
@@ -413,7 +418,7 @@ class RunFolder:
 
 
 def read_rows(path, last):
-    """The rows of a metrics.csv up to update `last`; none where there is no file. InputError."""
+    """The rows of a metrics.csv up to update `last`, if it exists. Raises InputError."""
     try:
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["update"]) <= last]
@@ -422,12 +427,12 @@ def read_rows(path, last):
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: not as train.py writes it ({srgan.one_line(error)}); move it "
+        raise InputError(f"{path}: train.py did not write this ({srgan.one_line(error)}); move it "
                          "away to start a new one") from None
 
 
 def draw_curves(rows, baselines, path):
-    """Losses and metrics over the updates; baselines ("bicubic", "start") as dashed lines."""
+    """Draw losses and metrics over the updates, the baselines as horizontal lines."""
     from matplotlib.figure import Figure
     panels = {"what G minimises": ("loss", *srgan.CONTENT_LOSSES),
               "the game": ("adversarial", "discriminator"), "D's mean logits": ("d_real", "d_fake"),
@@ -449,29 +454,29 @@ def draw_curves(rows, baselines, path):
         figure.savefig(temporary)
 
 
-# Setting up: processes, images, networks, losses.
+# Set-up: processes, images, networks, losses.
 
 def set_up_process(name):
-    """(device, rank, number of processes, processes on this machine); torchrun starts several."""
+    """(device, rank, number of processes, number on this machine); torchrun starts several."""
     try:
         world, rank, local, on_machine = (int(os.environ.get(*item)) for item in (
             ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     except ValueError as error:
-        raise InputError(f"what torchrun sets, WORLD_SIZE and so on: {error}") from None
+        raise InputError(f"WORLD_SIZE and so on, as torchrun sets them: {error}") from None
     if not 0 <= rank < world or local < 0:
-        raise InputError(f"RANK {rank} of WORLD_SIZE {world}: start several processes by torchrun, "
-                         "or unset what it left in the environment")
+        raise InputError(f"RANK {rank}, LOCAL_RANK {local} and WORLD_SIZE {world} do not fit; "
+                         "unset them, or start the processes with torchrun")
     gpus = torch.cuda.device_count() if name == "auto" or name.startswith("cuda") else 0
     if world > 1 and (":" in name or gpus and local >= gpus):
-        raise InputError(f"torchrun gives each process its own GPU, of {gpus}; write --device cuda "
-                         f"and at most --nproc-per-node {gpus}")
+        raise InputError(f"torchrun gives each process its own GPU, and there are {gpus}: use "
+                         f"--device cuda and at most --nproc-per-node {gpus}")
     if gpus:
         name = name if ":" in name else f"cuda:{local}"
         with contextlib.suppress(RuntimeError):                  # pick_device says what is wrong
             torch.cuda.set_device(name)                          # so that no other GPU is opened
     device = srgan.pick_device(name)
     if world > 1:
-        try:                                                     # hours: rank 0 validates
+        try:                                                     # rank 0 may validate for hours
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=timedelta(hours=12))
         except (ValueError, RuntimeError) as error:
@@ -480,7 +485,7 @@ def set_up_process(name):
 
 
 def set_up_arithmetic(device, config):
-    """Choose the precision, switch TF32 on or off, and let glibc keep freed memory (CPU: 1.1x)."""
+    """Choose the precision and TF32, and let glibc keep freed memory (1.1 times as fast)."""
     config["precision"] = srgan.pick_precision(device, config["precision"])
     tf32 = config["precision"] != "fp32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -491,19 +496,19 @@ def set_up_arithmetic(device, config):
 
 
 def open_run(args):
-    """(run folder, checkpoint to resume or None). Raises InputError where they do not fit."""
+    """(run folder, checkpoint to resume or None). Raises InputError if they do not fit."""
     out = Path(args.out or f"runs/{args.stage}")
     latest = out / "checkpoint_latest.pth"
     path = latest if args.resume is True else Path(args.resume or "")
     if latest.exists() and not (args.resume and os.path.samefile(path, latest)):
-        raise InputError(f"{out} holds another run; go on with that by --resume, or name another "
-                         "folder with --out")
+        raise InputError(f"{out} holds another run; continue that one with --resume, or choose "
+                         "another folder with --out")
     if not args.resume:
         return out, None
     saved = srgan.load_checkpoint(path)
     if not {"training", "config"} <= saved.keys() or saved.get("stage") != args.stage:
-        raise InputError(f"{path}: no checkpoint_latest.pth of stage {args.stage}, the only kind "
-                         "that can be resumed; start from its generator with --init")
+        raise InputError(f"{path}: only a checkpoint_latest.pth of stage {args.stage} can be "
+                         "resumed; start from its generator with --init")
     if saved.get("lr_data") and not args.lr_data:
         raise InputError(f"this run was trained with --lr-data {saved['lr_data']}; give it again")
     return out, saved
@@ -521,12 +526,12 @@ def find_data(args, config):
         return pairs, srgan.find_pairs(args.val, scale=scale, kernel=kernel)
     parts = srgan.split(pairs, config["split"], config["validate_on"])
     if not parts["train"]:
-        raise InputError("one image is too few to train on and hold one out; give more, or --val")
+        raise InputError("one image is too few for training and validation; give more, or --val")
     return parts["train"], parts["val"]
 
 
 def find_start(args, config):
-    """(path, generator) of --init or, in stage 2, of stage 1; (None, None) where G starts anew."""
+    """(path, generator) of --init or, in stage 2, of stage 1; else (None, None)."""
     if args.resume or args.stage == "srresnet" and not args.init:
         return None, None
     stage_1 = Path("runs/srresnet/checkpoint_best_psnr.pth"), ROOT / "weights/srresnet.pth"
@@ -537,12 +542,12 @@ def find_start(args, config):
     for key, value in generator.arch.items():
         if config[key] != value:
             raise InputError(f"{path} has {key} {value}, the settings have {config[key]}; train "
-                             "stage 1 with these settings and name its checkpoint with --init")
+                             "stage 1 with these settings and give its checkpoint as --init")
     return path, generator
 
 
 def make_networks(args, config, start, device):
-    """{"generator": G, "discriminator": D in stage 2}, in training mode on the device."""
+    """{"generator": G, in stage 2 also "discriminator": D}, in training mode on the device."""
     torch.manual_seed(config["seed"])
     arch = "block", "scale", "channels", "n_blocks", "tanh", "init"
     generator = srgan.make_generator(**{key: config[key] for key in arch})
@@ -562,7 +567,7 @@ def make_networks(args, config, start, device):
 
 
 def make_update(config, stage, state, device, world=1):
-    """srgan.Update with the networks in their fast form, and the losses that the settings name."""
+    """srgan.Update with the networks in their fast form and the losses of the settings."""
     values, precision = config[stage], config["precision"]
     compiled = config["compile"] == "yes" or (
         config["compile"] == "auto" and device.type == "cuda" and find_spec("triton"))
@@ -597,22 +602,23 @@ def make_update(config, stage, state, device, world=1):
     if values["discriminator_steps"] > 1:
         update = srgan.CriticSteps(update)
     if device.type == "cuda" and world == 1 and config["compile"] != "no" \
-            and not penalties and not shift:                     # neither can be captured
+            and not penalties and not shift:                     # these cannot be captured
         update = srgan.Graphed(update, device)
     return update
 
 
 def make_patches(args, config, images, device, rank, on_machine):
     """srgan.Patches of the training images."""
-    hr_store, lr_store = (srgan.Store(paths, args.cache, config["store"]) if paths[0] else None
-                          for paths in list(zip(*images))[1:])
+    _, hr_paths, lr_paths = zip(*images)
+    hr_store = srgan.Store(hr_paths, args.cache, config["store"])
+    lr_store = srgan.Store(lr_paths, args.cache, config["store"]) if args.lr_data else None
     return srgan.Patches(hr_store, config["patch_size"], config["scale"], config["kernel"],
                          config["augment"], config["crop_margin"], lr_store, device, config["seed"],
                          rank, max(1, os.cpu_count() // on_machine))
 
 
 def average_gradients(optimizer, *_):
-    """Before a step: the mean of the gradients of all processes, as of one large batch."""
+    """Before a step: average the gradients over all processes, as if of one large batch."""
     gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -634,7 +640,7 @@ def rate_factor(stage, step, steps_per_epoch):
 
 
 def batches(patches, config, stage, first, last):
-    """(LR, HR), once for each step of D, for updates first to last - 1; patches grow with time."""
+    """For updates first to last - 1: LR, HR, LR, HR, ..., one pair for each step of D."""
     steps, values = config["steps_per_epoch"], config[stage]
     d_steps = values.get("discriminator_steps", 1)
     sizes = [[1, config["patch_size"]], *values["grow"], [math.inf, None]]
@@ -643,14 +649,15 @@ def batches(patches, config, stage, first, last):
         if begin < end:
             patches.resize(size)
             pairs = patches.batches(config["batch_size"], begin * d_steps, end * d_steps)
-            yield from (sum(several, ()) for several in zip(*[pairs] * d_steps))
+            for _ in range(begin, end):
+                yield [tensor for _ in range(d_steps) for tensor in next(pairs)]
 
 
 def validate(generator, pairs, config, metrics, sample=None):
-    """Mean and standard deviation of the metrics; generator None measures bicubic.
+    """Mean and standard deviation of the metrics; without a generator, those of bicubic.
 
-    An image that cannot be measured is taken out of `pairs`, with a line on stderr. sample: a file
-    for bicubic, SR and HR of the first image's centre. Raises InputError where none is left.
+    An image that cannot be measured is removed from `pairs`, with a message. sample: a file that
+    shows the centre of the first image (bicubic, SR, HR). Raises InputError if no image is left.
     """
     scale, scores = config["scale"], []
     for pair in list(pairs):
@@ -674,10 +681,14 @@ def validate(generator, pairs, config, metrics, sample=None):
 
 
 def record_signals():
-    """A list that SIGINT, SIGTERM and SIGHUP add to; a second one ends the program at once."""
+    """A list to which SIGINT, SIGTERM and SIGHUP are added; a second one ends the program."""
     seen = []
+
+    def record(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
-        signal.signal(number, lambda n, _: (seen.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, record)
     return seen
 
 
@@ -690,7 +701,7 @@ def any_process(flag, world, device):
 
 
 def train(state, update, data, run, config, stage, world, device):
-    """The loop. Ends after the last update, or after the one in which a signal came."""
+    """The training loop. It ends after the last update, or the one in which a signal came."""
     values, steps = config[stage], config["steps_per_epoch"]
     total, signals, stop = values["epochs"] * steps, record_signals(), False
     began, epoch_began, first = time.monotonic() - state.seconds, time.monotonic(), state.step
@@ -698,7 +709,7 @@ def train(state, update, data, run, config, stage, world, device):
     while state.step < total and not stop:
         factor = rate_factor(values, state.step, steps)
         state.set_rates(factor)
-        torch.manual_seed(config["seed"] + state.step)           # a resumed run draws the same
+        torch.manual_seed(config["seed"] + state.step)           # the same when resumed
         losses = update(*next(data))
         state.record(losses, config["ema"])
         state.seconds = time.monotonic() - began
@@ -708,7 +719,7 @@ def train(state, update, data, run, config, stage, world, device):
             bar.set_postfix(loss=f"{losses['loss'].item():.4f}", refresh=False)
             if any_process(not state.is_finite(), world, device):
                 raise InputError(f"a loss or a weight is not finite at update {state.step}; the "
-                                 "last good state is kept: --resume with a lower --lr")
+                                 "last good checkpoint is kept; --resume it with a lower --lr")
             stop = any_process(bool(signals), world, device)
         if end_of_epoch:
             row = {"epoch": state.step // steps, "update": state.step, "lr": values["lr"] * factor,
@@ -737,19 +748,20 @@ def main():
         state.resume(saved)
     total = config[stage]["epochs"] * config["steps_per_epoch"]
     if not 0 <= state.step < total:
-        raise InputError(f"the run is complete at update {state.step}; more with --epochs")
+        raise InputError(f"the run is complete at update {state.step}; --epochs makes it longer")
     update = make_update(config, stage, state, device, world)
     patches = make_patches(args, config, train_pairs, device, rank, on_machine)
 
     # Training.
     run = None
-    if rank == 0:                                                # it validates, logs and saves
+    if rank == 0:                                                # only this process writes
         run = RunFolder(out, args, config, state, val_pairs, device, start, saved)
-        run.save()                                               # there is always one to resume
+        run.save()                                               # it can be resumed from now on
         bicubic = srgan.describe(state.baselines["bicubic"])
+        origin = f", starting from {start_path}" if start else ""
         print(f"{stage} on {device}, {config['precision']}: {len(train_pairs)} images, "
               f"{len(val_pairs)} to validate on (bicubic {bicubic}), updates {state.step} to "
-              f"{total}, into {out}" + f", starting from {start_path}" * bool(start), flush=True)
+              f"{total}, into {out}{origin}", flush=True)
     data = batches(patches, config, stage, state.step, total)
     train(state, update, data, run, config, stage, world, device)
     if run:

@@ -2,12 +2,12 @@
 
     python upscale.py in.png out.png
     python upscale.py folder/ large/                 every image of a folder and its subfolders
-    python upscale.py a.jpg b.png large/             several images: a folder, which ends in /
+    python upscale.py a.jpg b.png large/             several images: into a folder, ending in /
     python upscale.py in.png out.png --outscale 2    twice the size instead of four times
 
 Grey stays grey; transparency, ICC profile, DPI and EXIF data (date, camera, position) are kept, and
 EXIF orientation is applied. Palettes become RGB, CMYK becomes sRGB, 16 bits per channel become 8.
-Exit status: 0; 1 where some images failed and the others are done; 2 for wrong usage or input.
+Exit status: 0; 1 if some images failed and the others are done; 2 for wrong usage or input.
 """
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".we
            ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM"}
 SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 OPAQUE = ("JPEG", "BMP", "PPM")                      # no transparency
-LONGEST = {"JPEG": 65_535, "WEBP": 16_383}           # pixels to a side
+LONGEST = {"JPEG": 65_535, "WEBP": 16_383}           # pixels per side
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".pdf", ".svg", ".cr2", ".cr3",
               ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".tga", ".exr", ".eps", ".ico")
 
@@ -38,28 +38,27 @@ UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".pdf", ".svg",
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="+", help="images or folders")
-    parser.add_argument("output", help="a file for one image, else a folder; it ends in /")
+    add = parser.add_argument
+    add("input", nargs="+", help="images or folders")
+    add("output", help="a file for one image; else a folder, ending in /")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py instead")
+    weights.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py")
     weights.add_argument("--model", choices=("srgan", "srresnet"),
-                         help="bundled weights: crisp (default), or faithful to every pixel, for "
-                         "lettering and drawings")
+        help="bundled weights: srgan, crisp (default), or srresnet, for lettering and drawings")
     weights.add_argument("--blend", type=float, metavar="A", help="from SRResNet (0) to SRGAN (1)")
-    parser.add_argument("--ensemble", action="store_true",
-                        help="mean over the eight flips and rotations: better, eight times slower")
-    parser.add_argument("--outscale", type=float, metavar="S", help="final size, to the input's")
-    parser.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto",
-                        help="format in an output folder (default: auto, the input's, or else png)")
-    parser.add_argument("--tile", type=int, metavar="N", help="side of the parts computed at once, "
-                        "in input pixels; 0: no tiles. It bounds the memory, not the quality")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace outputs that exist; inputs are never replaced")
-    parser.add_argument("--max-megapixels", type=float, metavar="N", default=179,
-                        help="refuse larger inputs (default: %(default)g)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="auto: the faster one, by a short measurement; bf16 loses 0.01 dB")
+    add("--ensemble", action="store_true",
+        help="mean over the eight flips and rotations: better, eight times slower")
+    add("--outscale", type=float, metavar="S", help="size of the output relative to the input")
+    add("--ext", choices=("auto", "png", "jpg", "webp"), default="auto",
+        help="format in an output folder (default: auto, the input's or else png)")
+    add("--tile", type=int, metavar="N", help="side of the tiles, in input pixels; 0: no tiles. "
+        "Smaller tiles take less memory; the result is the same")
+    add("--overwrite", action="store_true", help="replace outputs that exist, but never inputs")
+    add("--max-megapixels", type=float, metavar="N", default=179,
+        help="refuse larger inputs (default: %(default)g)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="auto: the faster one, by a short measurement; bf16 loses 0.01 dB")
     args = parser.parse_args()
     for wrong, message in (
             ("" in (*args.input, args.output, args.ckpt, args.device), "an argument is empty"),
@@ -89,7 +88,7 @@ def load_model(args, device):
 
 
 def plan(args):
-    """[(input path, output path)] of all inputs. Raises InputError where they cannot be meant."""
+    """[(input path, output path)] of all inputs. Raises InputError for unusable arguments."""
     target = Path(args.output)
     if len(args.input) > 1 or Path(args.input[0]).is_dir() or args.output.endswith(("/", os.sep)):
         jobs = plan_folder(args.input, target, args.ext)
@@ -98,30 +97,30 @@ def plan(args):
     elif not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder")
     elif target.suffix.lower() not in FORMATS:
-        raise InputError(f"{target}: take one of the endings {' '.join(FORMATS)}")
+        raise InputError(f"{target}: choose one of the endings {' '.join(FORMATS)}")
     elif args.ext != "auto":
-        raise InputError("--ext is for output folders; the output's name says its format")
+        raise InputError("--ext is for output folders; the output's ending gives its format")
     else:
         jobs = [(path, target) for path in srgan.find_images(args.input[0])]
 
-    def identity(path):                              # also where it has several names
+    def identity(path):                              # the same for all links to a file
         return path.stat().st_dev, path.stat().st_ino
     sources = {identity(source) for source, _ in jobs}
     for _, result in jobs:
         if result.exists() and identity(result) in sources:
-            raise InputError(f"{result} is an input and never overwritten; name another output")
+            raise InputError(f"{result} is an input and is never overwritten; name another output")
     return jobs
 
 
 def plan_folder(inputs, target, ext):
-    """The jobs of plan() where the output is a folder."""
+    """The jobs of plan() if the output is a folder."""
     if target.is_file() or target.suffix.lower() in FORMATS and not target.is_dir():
-        raise InputError(f"{target} is a file's name; a folder for several images ends in /")
+        raise InputError(f"{target} is a file name; a folder for several images ends in /")
     skipped = [path.name for entry in inputs for path in sorted(Path(entry).rglob("*"))
                if path.suffix.lower() in UNREADABLE and not path.name.startswith(".")]
     if skipped:
         more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-        srgan.say(f"skipped, in formats that are not read: {', '.join(skipped[:8])}{more}; "
+        srgan.say(f"skipped, because their formats cannot be read: {', '.join(skipped[:8])}{more}; "
                   "convert them to PNG or JPEG")
     inside, found = os.path.realpath(target) + os.sep, {}
     for entry in map(Path, inputs):
@@ -133,9 +132,11 @@ def plan_folder(inputs, target, ext):
                   if not (is_dir and os.path.realpath(path).startswith(inside))}
     results = {}
     for path, name in found.items():
-        kept = name.suffix.lower() in FORMATS and name.suffix.lower() != ".bmp"  # may have alpha
-        results[path] = name if ext == "auto" and kept else name.with_suffix(
-            ".png" if ext == "auto" else f".{ext}")
+        if ext != "auto":
+            name = name.with_suffix(f".{ext}")
+        elif name.suffix.lower() not in FORMATS or name.suffix.lower() == ".bmp":  # may have alpha
+            name = name.with_suffix(".png")
+        results[path] = name
     taken = Counter(map(os.path.normcase, results.values()))
     for path, result in results.items():
         if taken[os.path.normcase(result)] > 1:      # a.jpg and a.png: a.jpg.png and a.png.png
@@ -149,7 +150,7 @@ def plan_folder(inputs, target, ext):
 
 @contextlib.contextmanager
 def quiet_libraries():
-    """libtiff writes to the process's stderr what open_image says in its own words."""
+    """Hide what libtiff writes to stderr; open_image reports it in its own words."""
     with open(os.devnull, "w") as null:
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)
@@ -161,23 +162,23 @@ def quiet_libraries():
 
 
 def decode(source, result, scale):
-    """The image, if the format of `result` can hold it enlarged. Raises InputError."""
+    """Open an image, if the format of `result` can hold its enlargement. Raises InputError."""
     with quiet_libraries():
         image = srgan.open_image(source)
     form = FORMATS[result.suffix.lower()]
     if "A" in image.mode and form in OPAQUE:
-        raise InputError(f"{source}: {form} cannot hold its transparency; write PNG or WebP")
+        raise InputError(f"{source}: {form} has no transparency; write PNG or WebP")
     if max(image.size) * scale > LONGEST.get(form, np.inf):
-        raise InputError(f"{source}: {form} holds at most {LONGEST[form]:,} pixels to a side; "
+        raise InputError(f"{source}: {form} allows at most {LONGEST[form]:,} pixels per side; "
                          "write PNG")
     return image
 
 
 def save(image, pixels, outscale, result):
-    """Save `pixels`, uint8 [H, W, 3], as the enlarged `image`: of its mode. Returns (W, H).
+    """Save `pixels`, the enlarged `image` as uint8 [H, W, 3], in its mode. Returns (W, H).
 
-    Grey is the luma of the result. Alpha is enlarged bicubically: it is no photo, and G would
-    leave traces in what is to be quite clear. Raises InputError.
+    Grey is the luma of the result. Alpha is enlarged bicubically, because G would leave traces in
+    areas that are fully transparent. Raises InputError.
     """
     try:
         large, form = Image.fromarray(pixels), FORMATS[result.suffix.lower()]
@@ -193,12 +194,12 @@ def save(image, pixels, outscale, result):
         with srgan.replacing(result) as temporary:
             large.save(temporary, form, **image.info, **SAVE.get(form, {}))
         return large.size
-    except Exception as error:                       # a full disk, no memory: all types
+    except Exception as error:                       # any type: a full disk, no memory
         raise InputError(f"{result}: cannot be written ({srgan.one_line(error)})") from None
 
 
 def upscale_all(jobs, generator, outscale, **options):
-    """Upscale and save each (input path, output path): (sizes of the results, failures).
+    """Upscale and save each (input path, output path). Returns (sizes of the results, failures).
 
     A thread saves a result while the next one is computed, so at most two are in memory.
     """
@@ -211,15 +212,14 @@ def upscale_all(jobs, generator, outscale, **options):
                                        progress=len(jobs) == 1 and shown, **options)
             except InputError as error:
                 failures.append(str(error))
-                continue
             except (RuntimeError, MemoryError) as error:
                 if not srgan.is_out_of_memory(error):
                     raise
-                failures.append(f"{source}: out of memory; take a smaller --tile")
-                continue
-            wait(saved[-1:])
-            saved.append(pool.submit(save, image, pixels, outscale, result))
-            del image, pixels                        # the thread's alone
+                failures.append(f"{source}: out of memory; use a smaller --tile")
+            else:
+                wait(saved[-1:])
+                saved.append(pool.submit(save, image, pixels, outscale, result))
+                del image, pixels                    # the thread frees them when they are saved
     failures += [str(future.exception()) for future in saved if future.exception()]
     return [future.result() for future in saved if not future.exception()], failures
 
@@ -231,10 +231,10 @@ def main():
     jobs = [job for job in planned if args.overwrite or not os.path.lexists(job[1])]
     skipped = len(planned) - len(jobs)
     if skipped and not Path(args.output).is_dir():
-        raise InputError(f"{args.output} exists and is not overwritten without --overwrite; a "
+        raise InputError(f"{args.output} exists and is replaced only with --overwrite; a "
                          "folder for several images ends in /")
     if skipped:
-        srgan.say(f"{skipped} of {len(planned)} exist and are left; --overwrite replaces them")
+        srgan.say(f"{skipped} of {len(planned)} exist and are kept; --overwrite replaces them")
     if not jobs:
         print(srgan.printable(f"{args.output}: nothing to do"))
         return 0
