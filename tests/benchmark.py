@@ -2,18 +2,19 @@
 
     python tests/benchmark.py [--device cuda] [--rounds 9] [--only update ...]
 
-Updates and upscaling are timed in turn with a baseline: the same srgan.Update and networks without
-section 9, that is fp32, channels-first, eager, Fig. 4 as drawn, in a process of its own. The ratio
-is the median over neighbouring pairs, with the range of the middle half of them.
+Each form is timed in turn with a baseline in a process of its own. The ratio is the median over
+neighbouring pairs, with the range of the middle half of them.
 
     update       SRResNet and SRGAN-VGG54 updates of 16 patches of 96x96
     upscale      images of 128x128 and 256x256
-    precision    what --precision auto takes, beside the faster of fp32 and bf16
-    memory       upscaling images of 0.06 to 24 megapixels, on Linux; only if it is asked for
+    precision    --precision auto against fp32 and against bf16: neither should be faster
 
-Measured on 2 cores of an AMD EPYC with AVX512-BF16, torch 2.15, before the code was put into the
-order of the paper. The share is of the 1,029 GFLOP/s that matrix products and convolutions reached
-in bf16, for the operations of the plain form. No GPU has been measured.
+The baseline of the first two is "plain": the same srgan.Update and networks without section 9, that
+is fp32, channels-first, eager, Fig. 4 as drawn.
+
+Measured on 2 cores of an AMD EPYC with AVX512-BF16, torch 2.15. The share is of the 1,029 GFLOP/s
+that matrix products and convolutions reach there in bf16, counting the operations of the plain
+form: 126 GFLOP for an SRResNet update, 690 for an SRGAN update. No GPU has been measured.
 
                                              plain        here   ratio (middle half)  share
     SRResNet update, 16 patches of 96x96     1.42 / s   5.28 / s  3.68 (3.61 to 3.82)  63 %
@@ -22,12 +23,10 @@ in bf16, for the operations of the plain form. No GPU has been measured.
     256x256 upscaled to 1024x1024            0.57 / s   2.59 / s  4.56 (4.39 to 4.69)  73 %
     train.py, SRResNet / SRGAN-VGG54, whole               5.19 / 1.02 per second
 
-Upscaling made 2.2 megapixels per second for a result of 0.1 megapixels, 1.9 for one of 100; it took
-0.07 GB for 1 megapixel, 1.4 GB for 33, 1.2 GB for 100, and for 400, beside the result, 1.1 GB in
-bf16 and 1.8 GB in fp32. An SRResNet update is 126 GFLOP, an SRGAN update 690.
+Upscaling to 33 megapixels takes 1.4 GB; to 400, beside the result, 1.1 GB in bf16, 1.8 in fp32.
 
-Where it comes from: bf16 and channels-last; the last 9x9 convolution before the last shuffle; a
-cheaper gradient of PReLU; memory that is kept, not returned; at inference, folded batch norm.
+The gain comes from bf16 and channels-last; the last 9x9 convolution before the last shuffle; a
+cheaper gradient of PReLU; freed memory that is kept; and, at inference, folded batch norm.
 """
 import argparse
 import multiprocessing
@@ -42,11 +41,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import srgan  # noqa: E402
 import train  # noqa: E402
-from conftest import memory, photo  # noqa: E402
+from conftest import photo  # noqa: E402
 
 
 def seconds(function, device):
-    """The time that function() takes, in seconds, until the device has done it."""
+    """How long function() takes on the device."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     began = time.perf_counter()
@@ -55,16 +54,8 @@ def seconds(function, device):
     return time.perf_counter() - began
 
 
-def report(title, ours, baseline, what):
-    """Print one row from the times of the rounds."""
-    ratios = sorted(b / o for b, o in zip(baseline, ours))
-    quarter = len(ratios) // 4
-    print(f"{title:44s} {1 / median(ours):8.3f} / s {median(ratios):6.2f}x ({ratios[quarter]:.2f} "
-          f"to {ratios[-1 - quarter]:.2f}) of {what}'s {1 / median(baseline):.3f}", flush=True)
-
-
 def plain_update(stage, networks, device):
-    """srgan.Update without anything of section 9: fp32, eager, channels-first, torch's Adam."""
+    """srgan.Update without section 9: fp32, eager, channels-first, torch's Adam."""
     G, D = (networks[name].to(memory_format=torch.contiguous_format)
             if name in networks else None for name in ("generator", "discriminator"))
     adam_G = torch.optim.Adam(G.parameters(), 1e-4)
@@ -75,10 +66,11 @@ def plain_update(stage, networks, device):
     return srgan.Update(G, adam_G, content, D, torch.optim.Adam(D.parameters(), 1e-4))
 
 
-def make_update(device, plain, stage, precision="auto"):
-    """A function that makes one update of 16 patches of 96x96: train.py's, or the plain one."""
+def make_update(device, stage, form):
+    """A function that makes one update of 16 patches of 96x96; form: "plain" or a precision."""
+    plain = form == "plain"
     args = train.parse_args(["--data", "x", "--stage", stage, "--feature-weights", "random",
-                             "--precision", "fp32" if plain else precision])
+                             "--precision", "fp32" if plain else form])
     config = train.resolve_config(args)
     train.set_up_arithmetic(device, config)
     networks = train.make_networks(args, config, None, device)
@@ -92,64 +84,45 @@ def make_update(device, plain, stage, precision="auto"):
     return lambda: update(lr, hr)
 
 
-def make_upscale(device, plain, side, precision="auto"):
-    """A function that upscales one image: as upscale.py does, or plainly."""
+def make_upscale(device, side, form):
+    """A function that upscales one image of side x side; form: "plain" or a precision."""
     image, generator = photo(side, side), srgan.Generator().to(device).eval()
-    if not plain:
+    if form != "plain":
         generator = srgan.optimize_for_inference(generator.to(memory_format=torch.channels_last))
-        precision = srgan.pick_precision(device, precision)
+        precision = srgan.pick_precision(device, form)
         return lambda: srgan.upscale(generator, image, precision=precision)
 
     @torch.inference_mode()
     def upscale():
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float().div(255).to(device)
-        sr = generator(x).add(1).mul(127.5).round().clamp(0, 255).byte()
-        return sr[0].permute(1, 2, 0).cpu().numpy()
+        return srgan.to_pixels(generator(srgan.to_tensor(image)[None].to(device))).cpu()
     return upscale
 
 
-def worker(pipe, make, device, what):
-    """Time the plain form whenever asked, in a process of its own and so with its own memory."""
-    function = make(device, True, what)
+def worker(pipe, make, device, *what):
+    """Time one form whenever asked, in a process and so with memory of its own."""
+    function = make(device, *what)
     while pipe.recv():
         pipe.send(seconds(function, device))
 
 
-def against_plain(title, make, what, device, rounds):
-    """Time what `make` gives in turn with its plain form."""
+def compare(title, make, what, device, rounds, baseline="plain"):
+    """Time --precision auto in turn with the baseline, and print a row."""
     spawn = multiprocessing.get_context("spawn")
-    mine, theirs = spawn.Pipe()
-    process = spawn.Process(target=worker, args=(theirs, make, device, what), daemon=True)
+    parent, child = spawn.Pipe()
+    process = spawn.Process(target=worker, args=(child, make, device, what, baseline), daemon=True)
     process.start()
-    theirs.close()
-    ours, times = make(device, False, what), []
-    for i in range(rounds + 5):                  # the first ones warm up, compile and capture
-        mine.send(True)
-        plain = mine.recv()
-        times += [(seconds(ours, device), plain)] * (i >= 5)
-    mine.send(False)
+    child.close()
+    function, pairs = make(device, what, "auto"), []
+    for _ in range(rounds + 5):                  # the first ones warm up, compile and capture
+        parent.send(True)
+        pairs.append((parent.recv(), seconds(function, device)))
+    parent.send(False)
     process.join()
-    report(title, *zip(*times), "plain fp32")
-
-
-def precisions(title, make, what, device, rounds):
-    """What `auto` takes, beside the faster of fp32 and bf16: timed in turn."""
-    functions = {name: make(device, False, what, name) for name in ("fp32", "bf16", "auto")}
-    times = {name: [] for name in functions}
-    for i in range(rounds + 3):
-        for name, function in functions.items():
-            times[name] += [seconds(function, device)] * (i >= 3)
-    best = min(("fp32", "bf16"), key=lambda name: median(times[name]))
-    report(f"{title}, auto: {srgan.pick_precision(device)}", times["auto"], times[best], best)
-
-
-def large_images(device):
-    """Time, and main memory beside the input: the result is 1.2 GB for 24 megapixels."""
-    for side in (250, 1440, 4900):
-        upscale, times = make_upscale(device, False, side), []
-        mb = memory(lambda: times.append(seconds(upscale, device)))
-        print(f"{side}x{side}: {mb:.0f} MB, {mb - 48 * side ** 2 / 2 ** 20:.0f} of them beside the "
-              f"result, in {times[0]:.1f} s", flush=True)
+    pairs = pairs[5:]
+    ratios, quarter = sorted(b / o for b, o in pairs), rounds // 4
+    theirs, ours = map(median, zip(*pairs))
+    print(f"{title:26s} {1 / ours:8.3f} / s {median(ratios):6.2f}x ({ratios[quarter]:.2f} to "
+          f"{ratios[-1 - quarter]:.2f}) of {baseline}'s {1 / theirs:.3f}", flush=True)
 
 
 def main():
@@ -157,25 +130,22 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
-    modes = ["update", "upscale", "precision", "memory"]
-    parser.add_argument("--only", nargs="+", default=modes[:3], choices=modes)
+    modes = ["update", "upscale", "precision"]
+    parser.add_argument("--only", nargs="+", default=modes, choices=modes)
     args = parser.parse_args()
-    device, rounds = srgan.pick_device(args.device), args.rounds
+    device = srgan.pick_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" \
         else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {srgan.pick_precision(device)}")
-    work = {"srresnet update": ("update", make_update, "srresnet", rounds),
-            "gan update": ("update", make_update, "gan", max(3, rounds // 2)),
-            "128x128": ("upscale", make_upscale, 128, rounds),
-            "256x256": ("upscale", make_upscale, 256, rounds)}
-    for title, (mode, make, what, n) in work.items():
-        if mode in args.only:
-            against_plain(title, make, what, device, n)
-    if "precision" in args.only:
-        precisions("srresnet update", make_update, "srresnet", device, rounds)
-        precisions("128x128", make_upscale, 128, device, rounds)
-    if "memory" in args.only:
-        large_images(device)
+    updates, images = (make_update, ("srresnet", "gan")), (make_upscale, (128, 256))
+    for mode, (make, cases) in {"update": updates, "upscale": images}.items():
+        for what in cases:
+            rounds = max(3, args.rounds // 2) if what == "gan" else args.rounds
+            if mode in args.only:
+                compare(f"{mode} {what}", make, what, device, rounds)
+        for baseline in ("fp32", "bf16"):
+            if "precision" in args.only:
+                compare(f"{mode} {cases[0]}", make, cases[0], device, args.rounds, baseline)
 
 
 if __name__ == "__main__":

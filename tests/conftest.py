@@ -1,8 +1,6 @@
-import contextlib
 import ctypes
 import functools
 import importlib
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +23,7 @@ LAUGHS = functools.reduce(lambda nested, _: [nested, nested], range(40), ["ha"])
 
 
 def photo(h, w, seed=0):
-    """An image with structure of every size, as photos have: uint8 [h, w, 3]."""
+    """An image with detail of every size, as photos have: uint8 [h, w, 3]."""
     rng, total = np.random.default_rng(seed), 0
     for level in range(6):
         small = rng.standard_normal((2 + (h >> level), 2 + (w >> level), 3)) * 20 * 1.4 ** level
@@ -53,11 +51,11 @@ def same(a, b):
 
 
 def memory(function):
-    """MB that it took at most beside what was in use."""
+    """The memory that function() takes at its peak, in MB."""
     def status(name):
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")                # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")                # reset the peak
     before = status("VmRSS:")
     function()
     return status("VmHWM:") - before
@@ -73,22 +71,17 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def alike_everywhere(monkeypatch, tmp_path):
-    """Random numbers from one seed; weights in the user's cache are neither found nor left."""
+def reproducible(monkeypatch, tmp_path):
+    """A fixed seed, one thread (tensors are small), and a torch cache of the test's own."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     srgan.load_lpips.cache_clear()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """On tensors this small a second thread only costs time, on a busy machine much of it."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def generator():
-    """A small generator in eval mode: random weights, batch norms that have seen something."""
+    """A small generator in eval mode: random weights, batch norms with real statistics."""
     g = srgan.Generator(channels=8, n_blocks=3)
     for p in g.parameters():
         torch.nn.init.normal_(p, std=0.15) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.1, 0.5)
@@ -99,7 +92,7 @@ def generator():
 
 @pytest.fixture
 def start(tmp_path):
-    """A checkpoint to start from, with random weights: all of it has a gradient."""
+    """A checkpoint to start from; with random weights, all parameters have a gradient."""
     torch.manual_seed(1)
     srgan.save_checkpoint(tmp_path / "start.pth",
                           srgan.Generator(channels=8, n_blocks=1, init="torch"))
@@ -107,21 +100,11 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def full_disk():
-    """with full_disk(n): no file can become larger than n bytes."""
-    @contextlib.contextmanager
-    def limit(n, limits=resource.getrlimit(resource.RLIMIT_FSIZE)):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    return limit
-
-
-@pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
-    """script("train", "--data", ...) runs a script in tmp_path: (exit status, stdout, stderr)."""
+    """script("train", "--data", ...) runs a script in tmp_path: (exit status, stdout, stderr).
+
+    If it did nothing but fail, its message must be one line: the last, which begins with its name.
+    """
     monkeypatch.chdir(tmp_path)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, *srgan.STOP_SIGNALS)}
 
@@ -130,16 +113,9 @@ def script(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit:
             srgan.run(module.main)
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
+        status, (out, err) = exit.value.code or 0, capsys.readouterr()
+        assert status != 2 or out or err.splitlines()[-1].startswith(f"{name}.py: "), err
+        return status, out, err
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def one_line():
-    """Asserts that a message is one line without a traceback."""
-    def check(text):
-        assert len(text.strip().splitlines()) == 1 and "Traceback" not in text, text
-    return check

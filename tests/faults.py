@@ -1,12 +1,11 @@
-"""Faults that a run, a batch or a checkpoint may meet, in numbers. A program for Linux, not a test:
+"""What may go wrong with a run, an image or a checkpoint, many times over. For Linux; not a test:
 
     python tests/faults.py kill [--times 50]       SIGKILL a training at random, then --resume
-    python tests/faults.py fuzz [--times 3000]     broken images through the three scripts
-    python tests/faults.py hostile [--times 300]   checkpoints made to do harm, through all three
+    python tests/faults.py fuzz [--times 3000]     broken images, given to the three scripts
+    python tests/faults.py hostile [--times 300]   checkpoints made to do harm, given to all three
 
-Prints what was tried and what happened; a fault ends it with exit status 1: a traceback, a crash,
-a hang, code that ran, or a process that took 1 GB more than at rest. test_safety.py and
-test_checkpoints.py hold short forms.
+Prints what was tried and what happened. A fault ends it with exit status 1: a traceback, a crash, a
+hang, code that ran, or a process that took over 1 GB. The suite holds short forms of these.
 """
 import argparse
 import copy
@@ -18,7 +17,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,32 +38,37 @@ TRAIN = ["--data", "photos", *SMALL, "--set", "discriminator.channels=[4,4]",
          "--set", "discriminator.pool=1", "--steps-per-epoch", "2", "--epochs", "1"]
 
 
-def call(folder, script, *args, allowed=(0, 2), seconds=100):
-    """Run a script in a forked process: (exit status, output, MB at its peak, what is wrong)."""
+def launch(folder, script, *args, seconds=100):
+    """Run a script in a forked process, with its output in folder/log; returns its id."""
     main, log = importlib.import_module(script).main, folder / "log"
+    log.write_text("")
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        sys.stdout = sys.stderr = open(log, "w", errors="surrogateescape")
+        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+        os.chdir(folder)
+        resource.setrlimit(resource.RLIMIT_DATA, (2 ** 33, 2 ** 33))
+        signal.alarm(seconds)
+        torch.set_num_threads(1)                                 # other threads are not forked
+        sys.argv = [f"{script}.py", *map(str, args)]
+        srgan.run(main)
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def call(folder, script, *args, allowed=(0, 2), **options):
+    """Run a script to its end: (exit status, output, MB at its peak, what is wrong)."""
     at_rest = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            sys.stdout = sys.stderr = open(log, "w", errors="surrogateescape")
-            os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
-            os.chdir(folder)
-            resource.setrlimit(resource.RLIMIT_DATA, (2 ** 33, 2 ** 33))
-            signal.alarm(seconds)
-            torch.set_num_threads(1)                             # other threads are not forked
-            sys.argv = [f"{script}.py", *map(str, args)]
-            srgan.run(main)
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    _, status, usage = os.wait4(pid, 0)
+    _, status, usage = os.wait4(launch(folder, script, *args, **options), 0)
     status, mb = os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1024
-    output = log.read_text(errors="replace")
+    output = (folder / "log").read_text(errors="replace")
     wrong = {f"exit status {status}": status not in allowed, f"{mb:.0f} MB": mb > 1024 + at_rest,
              "traceback": "Traceback" in output or "Exception ignored" in output,
              "long line": max(map(len, output.splitlines()), default=0) > 2000}
@@ -74,41 +77,35 @@ def call(folder, script, *args, allowed=(0, 2), seconds=100):
 
 
 def kill(folder, times, rng):
-    """Kill a run at `times` random moments and go on each time; {what happened: how often}.
-
-    The result must be the undisturbed one, bit for bit.
-    """
-    seen, latest = Counter(), folder / "killed/checkpoint_latest.pth"
-
-    def training(out):
-        more = ["--resume"] * (folder / out / latest.name).exists()
-        return subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *TRAIN, "--stage", "srresnet", "--out", out,
-             "--epochs", "40", "--set", "checkpoint_every=5", *more],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while seen["killed"] < times:
-        process, output = training("killed"), b""
-        while b"to validate on" not in output and (line := process.stdout.readline()):
-            output += line
-        time.sleep(rng.uniform(0, 0.6))
-        process.kill()
-        output += process.communicate()[0]
-        assert process.returncode in (0, -signal.SIGKILL), output.decode()
-        seen["killed" if process.returncode else "finished early"] += 1
-        seen["inside a save"] += process.returncode and any(folder.glob("killed/.*"))
-        if latest.exists() and srgan.load_checkpoint(latest)["step"] == 80:
-            shutil.rmtree(folder / "killed")                     # done; begin again
-    for out in ("whole", "killed"):
-        assert b"Traceback" not in training(out).communicate()[0]
-    whole, killed = map(srgan.load_checkpoint, (folder / "whole" / latest.name, latest))
-    assert killed["step"] == 80
-    assert all(same(whole[key], killed[key]) for key in ("generator", "training", "best"))
-    assert not list(folder.glob("killed/.*")), "half-written files left"
+    """Kill and resume runs, each of which must end like an undisturbed one, bit for bit."""
+    args = [*TRAIN, "--stage", "srresnet", "--epochs", "40", "--set", "checkpoint_every=5"]
+    assert not call(folder, "train", *args, "--out", "whole", allowed={0})[3]
+    whole = srgan.load_checkpoint(folder / "whole/checkpoint_latest.pth")
+    seen, out = Counter(), folder / "killed"
+    latest, log, ended = out / "checkpoint_latest.pth", folder / "log", os.WEXITED | os.WNOWAIT
+    while seen["killed"] < times or not seen["compared"] or out.exists():
+        pid = launch(folder, "train", *args, "--out", out, *["--resume"] * latest.exists())
+        while "to validate on" not in log.read_text() and \
+                not os.waitid(os.P_PID, pid, ended | os.WNOHANG):
+            time.sleep(0.01)
+        if seen["killed"] < times:
+            time.sleep(rng.uniform(0, 0.6))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, -signal.SIGKILL), log.read_text()
+        seen["killed"] += status < 0
+        seen["killed inside a save"] += any(out.glob(".*"))
+        state = srgan.load_checkpoint(latest) if latest.exists() else whole | {"step": 0}
+        if state["step"] == whole["step"]:
+            assert all(same(whole[key], state[key]) for key in ("generator", "training", "best"))
+            assert not list(out.glob(".*")), "half-written files left"
+            shutil.rmtree(out)
+            seen["compared"] += 1
     return seen
 
 
 def mutate(data, rng, suffix=""):
-    """One of: bits flipped, cut off, a part doubled or zeroed, or a size that lies."""
+    """One of: bits flipped, the end cut off, a part doubled or zeroed, or a wrong size."""
     data, kind, a = bytearray(data), rng.randrange(5), rng.randrange(len(data))
     if kind == 0:
         for _ in range(rng.choice((1, 3, 10, 100))):
@@ -119,17 +116,17 @@ def mutate(data, rng, suffix=""):
         data[a:a] = data[a:a + rng.randrange(1, 500)]
     elif kind == 3:
         data[a:a + 64] = bytes(len(data[a:a + 64]))
-    elif suffix == "png":                                        # its checksum right
+    elif suffix == "png":                                        # with the right checksum
         data[16:24] = struct.pack(">II", *rng.choices((0, 1, 60, 1999, 60000, 2 ** 31), k=2))
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     else:
-        for _ in range(8):                                       # sizes stand near the beginning
+        for _ in range(8):                                       # sizes are near the beginning
             data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
     return bytes(data)
 
 
 def fuzz(folder, times, rng):
-    """The three scripts on `times` broken images; {what was seen: how often}."""
+    """Broken images among good ones: each is upscaled, or refused by name."""
     seen, broken, image = {}, folder / "broken", Image.fromarray(photo(60, 56))
     shutil.copytree(folder / "photos", broken)
     for i in range(times):
@@ -158,16 +155,16 @@ def fuzz(folder, times, rng):
 
 
 class Code:
-    """What unpickling turns into a call."""
+    """An object whose unpickling calls a function."""
 
     def __reduce__(self):
         return os.mkdir, ("code-ran",)
 
 
 def junk(old, rng):
-    """Something else in the place of `old`: of a tensor, mostly one of its shape."""
+    """Something to put in the place of `old`; for a tensor, mostly another of its shape."""
     nan, nested, x = float("nan"), [], torch.zeros(2, 3)
-    for _ in range(60):                                          # 2^60 lists for who prints it
+    for _ in range(60):                                          # 2^60 lists when printed
         nested = [nested, nested]
     if isinstance(old, torch.Tensor) and old.numel() < 2 ** 24 and rng.random() < 0.7:
         x = torch.full(old.shape, 0.5)
@@ -184,22 +181,11 @@ def junk(old, rng):
 
 
 def containers(tree):
-    """All dictionaries and lists in nested ones that are not empty."""
+    """All dictionaries and lists within `tree`, itself included, that are not empty."""
     if isinstance(tree, (dict, list)) and tree:
         yield tree
         for value in tree.values() if isinstance(tree, dict) else tree:
             yield from containers(value)
-
-
-def replace(state, rng):
-    """One to three entries, at any depth, are replaced or renamed."""
-    for tree in rng.choices([*containers(state)], k=rng.randint(1, 3)):
-        key = rng.choice([*tree] if isinstance(tree, dict) else range(len(tree)))
-        if isinstance(tree, dict) and rng.random() < 0.1:
-            tree[rng.choice((None, 10 ** 600, (1, 2), f"{key}x", "x" * 10 ** 6))] = tree.pop(key)
-        else:
-            tree[key] = junk(tree[key], rng)
-    return state
 
 
 def saved(state):
@@ -209,19 +195,27 @@ def saved(state):
     return file.getvalue()
 
 
+def with_junk(state, rng):
+    """A checkpoint in which one to three entries, at any depth, are replaced or renamed."""
+    for tree in rng.choices([*containers(state)], k=rng.randint(1, 3)):
+        key = rng.choice([*tree] if isinstance(tree, dict) else range(len(tree)))
+        if isinstance(tree, dict) and rng.random() < 0.1:
+            tree[rng.choice((None, 10 ** 600, (1, 2), f"{key}x", "x" * 10 ** 6))] = tree.pop(key)
+        else:
+            tree[key] = junk(tree[key], rng)
+    return saved(state)
+
+
 HOSTILE = {  # kind: function of a checkpoint and a random.Random; test_checkpoints.py has others
     "code": lambda state, rng: saved({**state, rng.choice([*state]): Code()}),
     "a broken file": lambda state, rng: mutate(saved(state), rng),
     "no dictionary": lambda state, rng: saved(junk(0, rng)),
-    "other entries": lambda state, rng: saved(replace(state, rng)),
+    "other entries": with_junk,
 }
 
 
 def hostile(folder, times, rng):
-    """`times` checkpoints made to do harm, each as --ckpt and --resume; {what was seen: how often}.
-
-    Raises AssertionError with all faults; the files that did harm are kept beside `folder`.
-    """
+    """Each file is given as --ckpt and as --resume; those that do harm are kept beside `folder`."""
     seen, faults, most, path = Counter(), [], 0, folder / "hostile.pth"
     train = [*TRAIN, "--stage", "gan"]
     assert not call(folder, "train", *train, "--init", "tiny.pth", "--out", "base", allowed={0})[3]

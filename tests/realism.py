@@ -1,11 +1,11 @@
-"""How real SR images look, as two distances from the originals (0: the same). It is no test:
+"""How real SR images look, as two distances from the originals (0: the same). A program, no test:
 
     python tests/realism.py results/weights_srgan Set14/HR [--feature-weights squeezenet1_1.pth]
 
-Images pair by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of Deep
-Features as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned weights
-that make it LPIPS. Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches of
-three levels of a Laplacian pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018,
+Images are paired by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of
+Deep Features as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned
+weights that make it LPIPS. Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches
+of three levels of a Laplacian pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018,
 Sec. 5. SqueezeNet (5 MB) is downloaded on first use; `--feature-weights` names a file of it, or
 "random". A network that was trained on SqueezeNet's features is judged by its own teacher here.
 """
@@ -25,8 +25,8 @@ SIDE, PATCHES, DIRECTIONS, LEVELS = 7, 1024, 256, 3
 
 
 def perceptual_distance(phi, sr, hr):
-    """Squared distance of SqueezeNet's features, at each position a vector of length 1: the mean
-    over positions, summed over TAPS. Images are [3, H, W] in [0, 1]."""
+    """Squared distance of SqueezeNet's features, normalised at each position: the mean over
+    positions, summed over TAPS. Images are [3, H, W] in [0, 1]."""
     x, total = (torch.stack([sr, hr]) - phi.mean) / phi.std, 0
     for i, layer in enumerate(phi.features):
         x = layer(x)
@@ -47,10 +47,8 @@ def bands(image):
 
 
 def patches(images):
-    """For each level [images x PATCHES, SIDE x SIDE, 3], from random places.
-
-    The places are the same in every set of images of the same sizes.
-    """
+    """For each level [images x PATCHES, SIDE x SIDE, 3], from random places that depend only on
+    the images' sizes."""
     rng, levels = np.random.default_rng(0), [[] for _ in range(LEVELS)]
     for image in images:
         for level, band in zip(levels, bands(image)):
@@ -61,10 +59,8 @@ def patches(images):
 
 
 def sliced_wasserstein(a, b):
-    """Mean distance (x1000) of two sets of patches, sorted along random directions.
-
-    Both are normalised by the second's colours.
-    """
+    """Mean distance (x1000) of two sets of patches, normalised by the second's colours and sorted
+    along random directions."""
     mean, std = b.mean((0, 1)), b.std((0, 1))
     a, b = (((x - mean) / std).reshape(len(x), -1) for x in (a, b))
     rng = np.random.default_rng(1)

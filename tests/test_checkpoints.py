@@ -5,7 +5,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,10 +23,9 @@ def path(generator, tmp_path):
     return tmp_path / "good.pth"
 
 
-def refuse(path, words=""):
-    """The generator in it is refused in one line that names the file."""
-    with pytest.raises(srgan.InputError, match=words) as error, warnings.catch_warnings():
-        warnings.simplefilter("error")                           # nor does anything warn
+def refuse(path, words=None):
+    """The generator in the file is refused with one line that names the file."""
+    with pytest.raises(srgan.InputError, match=words) as error:
         srgan.load_generator(path)
     message = str(error.value)
     assert path.name in message and "\n" not in message and len(message) < 400
@@ -50,26 +48,25 @@ def test_generators_come_back_as_they_were(arch, tmp_path):
 @pytest.mark.parametrize("path", sorted(OLD.glob("*.pth")), ids=lambda path: path.stem)
 def test_checkpoints_of_older_versions_load(path):
     generator = srgan.load_generator(path)
-    saved = torch.load(path, weights_only=True)["generator"]
     assert generator.arch == {"scale": 4, "channels": 4, "n_blocks": 1, "tanh": True,
                               "block": "residual"}
-    assert same(saved, dict(generator.state_dict()))
+    assert same(torch.load(path, weights_only=True)["generator"], dict(generator.state_dict()))
     assert srgan.upscale(generator, photo(8, 9)).shape == (32, 36, 3)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_what_it_left_is_replaced(
+def test_a_failed_write_leaves_the_old_file_and_the_next_one_leaves_no_trace_of_it(
         tmp_path, generator, monkeypatch):
     file, link = tmp_path / "file.txt", tmp_path / "link.txt"
     srgan.write_json(file, "old")
     with pytest.raises(RuntimeError), srgan.replacing(file) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    with pytest.raises(srgan.InputError, match="cannot be written"):
+    with pytest.raises(srgan.InputError, match="file.txt"):
         monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError("full")))
         srgan.save_checkpoint(file, generator)
     assert file.read_text() == '"old"\n' and list(tmp_path.iterdir()) == [file]
     temporary.write_text("left by a killed process"), link.symlink_to(file)
-    with open(file) as reader:                                   # goes on in the old file
+    with open(file) as reader:                                   # still sees the old file
         srgan.write_json(link, "new")
         assert reader.read() == '"old"\n'
     assert link.is_symlink() and file.read_text() == '"new"\n' and not temporary.exists()
@@ -85,35 +82,28 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, 
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    refuse(path, "no checkpoint of plain tensors")
+    refuse(path)
     assert not Path("code-ran").exists()
 
 
-def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path):
+def test_strange_checkpoints_are_refused_in_one_line_and_little_memory(path, tmp_path):
     good, whole = torch.load(path), path.read_bytes()
     weights, huge = good["generator"], torch.zeros(1).expand(3, 10 ** 6, 9, 9)
     bias = weights["tail.bias"]                                  # float32 [3]
 
     def change(key, value, **arch):
         return {**good, "generator": {**weights, key: value}, "arch": {**good["arch"], **arch}}
-
-    def arch(**changes):
-        return change("tail.bias", bias, **changes)
-    strange = [(change("tail.bias", other), r"tail.bias is no tensor of torch.float32 \(3,\)")
+    strange = [(change("tail.bias", other), r"tail.bias .*torch.float32 \(3,\)")
                for other in (bias.double(), bias.int(), bias[:2], torch.zeros(()).expand(3),
                              bias.to("meta"), bias.to_sparse(), bias.tolist())]
+    strange += [(change("tail.bias", bias, **arch), "arch|generator") for arch in (
+        {"extra": 1}, {"\n": 1}, {"scale": 2}, {"scale": 2 ** 40}, {"channels": 10 ** 9},
+        {"n_blocks": 10 ** 12}, {"n_blocks": 3.0}, {"block": "x"}, {"block": LAUGHS}, {"tanh": 1})]
     strange += [
         (change("tail.bias", bias * torch.nan), "tail.bias is not finite"),
-        (change("more", bias), "more is on one side"), (arch(extra=1), "extra is on one side"),
-        (change("tail.weight", huge, channels=10 ** 6), "no generator can be"),
-        (arch(channels=10 ** 9), "no generator can be"), (arch(block="x"), "no generator can be"),
-        (arch(n_blocks=10 ** 12), "no generator can be"), (arch(scale=2), "not a generator"),
-        (arch(scale=2 ** 40), "no generator can be"), (arch(**{"\n": 1}), "not a generator"),
-        (arch(n_blocks=3.0), "n_blocks must be of type int"), (arch(tanh=1), "must be of type"),
-        (arch(block=LAUGHS), "block must be of type str"),
-        ({**good, "arch": None}, "no checkpoint of train.py"),
-        ({"state_dict": weights}, "no checkpoint of train.py"),    # of another project
-        ([1, 2], "no checkpoint but a list"), (bias, "no checkpoint but a Tensor")]
+        (change("more", bias), "more"), (change("tail.weight", huge, channels=10 ** 6), "channels"),
+        ({**good, "arch": None}, None), ({"state_dict": weights}, None),  # of another project
+        ([1, 2], "list"), (bias, "Tensor")]
 
     def refuse_all():
         for content, words in strange:
@@ -122,13 +112,13 @@ def test_strange_checkpoints_are_one_line_each_and_take_no_memory(path, tmp_path
     assert memory(refuse_all) < 50
     for content in whole[:9000], b"hello", b"":
         path.write_bytes(content)
-        refuse(path, "no checkpoint of plain tensors")
+        refuse(path)
     for file in (tmp_path / "absent.pth", tmp_path):
-        refuse(file, "no such file|not a file")
+        refuse(file, "file")
 
 
 def zipped(state, compression=zipfile.ZIP_STORED, move=lambda offset: offset, times=1):
-    """A checkpoint, as bytes, with the places that its directory names changed."""
+    """A checkpoint, as bytes, with other offsets in its directory."""
     saved, made = io.BytesIO(), io.BytesIO()
     torch.save(state, saved)
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(made, "w", compression) as archive:
@@ -138,15 +128,6 @@ def zipped(state, compression=zipfile.ZIP_STORED, move=lambda offset: offset, ti
             archive.filelist[-1].header_offset = move(archive.filelist[-1].header_offset)
         archive.filelist[:] = archive.filelist[1:] * times
     return made.getvalue()
-
-
-def two_directories(state):
-    """Torch takes the directory at the offset that the end record names, in which all entries
-    overlap; Python takes the one that ends where the end record begins."""
-    bad = zipped(state, move=lambda offset: 2 ** 17 + 36)
-    size = struct.unpack("<I", bad[-10:-6])[0]
-    good = zipped(state, move=lambda offset: offset - size)
-    return bad[:-22] + good[-22 - size:-22] + bad[-22:]
 
 
 def bytes_from_nothing(state):
@@ -163,17 +144,21 @@ def bytes_from_nothing(state):
     (5 * 10 ** 7, functools.partial(zipped, compression=zipfile.ZIP_DEFLATED)),
     (10 ** 6, functools.partial(zipped, times=99)), (0, bytes_from_nothing)],
     ids=["compressed", "repeated", "bytes"])
-def test_a_small_file_takes_no_more_memory_than_its_size(tmp_path, size, bomb):
+def test_a_file_takes_no_more_memory_than_a_few_times_its_size(tmp_path, size, bomb):
     path = tmp_path / "bomb.pth"                                 # 50 to 100 MB when unpacked
     path.write_bytes(bomb({"0": torch.zeros(size, dtype=torch.uint8)}))
     assert path.stat().st_size < 3e6
-    assert memory(lambda: refuse(path, "of plain tensors")) < 30
+    assert memory(lambda: refuse(path)) < 30
 
 
-def test_of_two_directories_in_a_file_the_one_that_was_checked_is_read(path):
-    """In the other, which torch would read, all entries lie on the bytes of one."""
+def test_if_a_file_has_two_directories_the_one_that_was_checked_is_read(path):
+    """Torch would take the one at the offset in the end record, in which all entries overlap;
+    Python takes the one that ends where the end record begins."""
     state = torch.load(path)
-    path.write_bytes(two_directories(state))
+    bad = zipped(state, move=lambda offset: 2 ** 17 + 36)
+    size = struct.unpack("<I", bad[-10:-6])[0]
+    good = zipped(state, move=lambda offset: offset - size)
+    path.write_bytes(bad[:-22] + good[-22 - size:-22] + bad[-22:])
     assert same(srgan.load_checkpoint(path), state)
 
 

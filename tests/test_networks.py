@@ -1,4 +1,4 @@
-"""Section 1, Fig. 4; content networks; RRDB; the grid and the Fourier loss."""
+"""Section 1, Fig. 4; content networks; RRDB; the grid loss and the Fourier loss."""
 import hashlib
 import os
 import shutil
@@ -29,7 +29,7 @@ def test_the_generator_is_that_of_figure_4():
     assert all(m.weight.numel() == 1 for m in g.modules() if isinstance(m, nn.PReLU))
 
 
-def test_the_generator_sums_where_figure_4_sums():
+def test_the_generator_adds_its_skip_connections_where_figure_4_does():
     g = randomised(srgan.Generator(channels=8, n_blocks=2)).eval()
     x = torch.rand(1, 3, 5, 7)
     first = g.head(x)
@@ -51,13 +51,13 @@ def test_the_discriminator_is_that_of_figure_4():
     assert logits.shape == (2,) and not ((0 <= logits) & (logits <= 1)).all()  # no sigmoid
 
 
-def test_the_variants_of_the_discriminator_are_what_they_say():
+def test_the_discriminator_takes_other_channels_kernels_norms_and_sizes():
     d = srgan.Discriminator(channels=(8, 16, 16, 32, 32, 64, 64, 64), first_kernel=9,
                             norm="instance", pool=6)
     assert notation(d)[:5] == ["k9n8s1", "LReLU", "k3n16s2", "IN", "LReLU"]
     assert "BN" not in notation(d) and d.classifier[1].in_features == 64 * 36
     assert all(d(torch.zeros(1, 3, size, size)).shape == (1,) for size in (96, 128))
-    d = srgan.Discriminator(30, channels=(4, 4, 8, 8))           # built for a size that is odd
+    d = srgan.Discriminator(30, channels=(4, 4, 8, 8))           # its feature maps get an odd size
     assert d(torch.zeros(2, 3, 30, 30)).shape == (2,)
 
 
@@ -92,15 +92,12 @@ def test_rrdbs_take_the_place_of_residual_blocks():
 
 # Content networks
 
-VGG19 = [64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M",
-         512, 512, 512, 512, "M"]
-
-
 @pytest.mark.parametrize("name, layer, n_layers", [
     ("vgg19", "1_1", 2), ("vgg19", "2_2", 9), ("vgg19", "5_4", 36), ("squeezenet1_1", "3", 4)])
 def test_phi_is_torchvisions_network_up_to_a_layer(name, layer, n_layers):
     models = pytest.importorskip("torchvision").models
-    whole = models.vgg.make_layers(VGG19) if name == "vgg19" else models.squeezenet1_1().features
+    whole = models.squeezenet1_1().features if name == "squeezenet1_1" else \
+        models.vgg.make_layers(models.vgg.cfgs["E"])
     network, cut = srgan.CONTENT_NETWORKS[name], whole[:n_layers]
     phi = network(layer, "random")
     cut.load_state_dict(phi.features.state_dict())
@@ -115,7 +112,7 @@ def test_phi_is_torchvisions_network_up_to_a_layer(name, layer, n_layers):
 
 
 def test_content_weights_are_downloaded_once_and_checked_or_come_from_a_file(tmp_path, monkeypatch):
-    """... which may hold the whole network or the layers needed, as the downloaded one does."""
+    """... that holds the whole network or only its features."""
     state = srgan.TruncatedVGG19("1_1", "random").features.state_dict()
     wrong, bare = tmp_path / "vgg19-01234567.pth", tmp_path / "features.pth"   # another hash
     torch.save({f"features.{key}": value.half() + 1 for key, value in state.items()}, wrong)
@@ -139,9 +136,9 @@ def test_content_weights_are_downloaded_once_and_checked_or_come_from_a_file(tmp
 # Losses beyond the paper
 
 @pytest.mark.parametrize("scale", srgan.SCALES)
-def test_the_grid_loss_sees_what_prefers_a_place_in_the_lr_pixel_and_nothing_else(scale):
+def test_the_grid_loss_sees_differences_between_the_places_in_an_lr_pixel_and_nothing_else(scale):
     grid = 0.1 * torch.randn(1, 3, scale, scale).repeat(1, 1, 16, 24)
-    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 12)   # not alike in each LR pixel
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 12)   # of neighbouring LR pixels
     signs = signs.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     seen, unseen = (srgan.grid_loss(grid, grid - sr, scale) for sr in (grid, grid * signs))
     assert (seen - unseen).item() == pytest.approx(grid.abs().mean().item(), rel=1e-4)
@@ -154,15 +151,14 @@ def test_the_grid_loss_sees_what_prefers_a_place_in_the_lr_pixel_and_nothing_els
     assert srgan.grid_loss(part + 1, part, scale).item() == pytest.approx(1, rel=1e-4)
 
 
-def test_the_fourier_loss_lets_texture_lie_anywhere_but_wants_its_strength_and_grain():
-    """All of these differ from HR by about the same in every pixel."""
+def test_the_fourier_loss_compares_how_much_texture_there_is_and_not_where_it_is():
     x = torch.arange(96) * 2 * torch.pi / 4
     wave, moved = (0.3 * f(x).expand(1, 3, 96, 96) for f in (torch.sin, torch.cos))
     assert srgan.fourier_loss(moved, wave) < 0.01 * srgan.fourier_loss(0 * wave, wave)
     hr, other, colourful = (0.2 * torch.randn(4, n, 96, 96).expand(4, 3, 96, 96) for n in (1, 1, 3))
     other.requires_grad_()
-    texture, *worse = (srgan.fourier_loss(sr, hr) for sr in (
+    texture, *worse = (srgan.fourier_loss(sr, hr) for sr in (    # blurred, regular, in colour
         other, 0 * hr, 0.2 * 2 ** 0.5 * torch.sin(x).expand(4, 3, 96, 96), colourful))
-    assert texture < 0.7 * min(worse)                            # a blur, regular waves, colours
+    assert texture < 0.7 * min(worse)
     texture.backward()
     assert other.grad.isfinite().all() and other.grad.any() and srgan.fourier_loss(hr, hr) == 0

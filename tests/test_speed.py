@@ -1,7 +1,5 @@
 """Section 9: the fast forms compute what Fig. 4 and torch compute."""
-import contextlib
 import copy
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import srgan
 
 
 def gradients(network, x):
-    """Its result, and by all parameters the gradients of a sum that weighs each value otherwise."""
+    """Its output, and the gradients, by all parameters, of a weighted sum of the output."""
     y = network(x)
     weights = torch.linspace(-1, 1, y.numel()).view_as(y)
     return [y, *torch.autograd.grad((y * weights).sum(), [*network.parameters()])]
@@ -20,7 +18,7 @@ def gradients(network, x):
 
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
                                           ("rrdb", 4)])
-def test_the_fast_generator_is_figure_4_as_drawn_in_value_and_gradient(block, scale):
+def test_the_fast_generator_has_the_values_and_gradients_of_figure_4(block, scale):
     drawn = randomised(srgan.make_generator(block, scale=scale, channels=8, n_blocks=2))
     fast, x = srgan.Fast(copy.deepcopy(drawn)), torch.rand(2, 3, 6, 5)
     expected = gradients(drawn, x)
@@ -46,9 +44,9 @@ def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
-def test_optimizing_for_inference_changes_nothing_but_the_layers(block):
+def test_optimizing_for_inference_changes_the_layers_but_not_the_function(block):
     g, x = srgan.make_generator(block, channels=8, n_blocks=2), torch.rand(2, 3, 20, 20)
-    randomised(g)(x)                                             # batch norm sees something
+    randomised(g)(x)                                             # updates batch norm's statistics
     state = copy.deepcopy(g.eval().state_dict())
     folded = srgan.optimize_for_inference(g)
     assert not any(isinstance(m, (nn.BatchNorm2d, nn.PReLU)) for m in folded.modules())
@@ -61,8 +59,8 @@ def test_optimizing_for_inference_changes_nothing_but_the_layers(block):
     ({torch.float32: 1, torch.bfloat16: 3}, "fp32"),
     ({torch.float32: 3, torch.bfloat16: 1}, "bf16"), ({torch.float32: 1}, "fp32")])
 def test_auto_takes_the_precision_in_which_a_convolution_is_faster(monkeypatch, seconds, faster):
-    """The clock is a stand-in, so that no load disturbs it; what has no seconds does not work."""
-    clock, pick = [0.0], srgan.pick_precision.__wrapped__        # without what it remembers
+    """With a clock of our own, which no other load disturbs; a type without seconds fails."""
+    clock, pick = [0.0], srgan.pick_precision.__wrapped__        # without its cache
 
     def forward(self, x, real=nn.Conv2d.forward):
         if x.dtype not in seconds:
@@ -73,30 +71,3 @@ def test_auto_takes_the_precision_in_which_a_convolution_is_faster(monkeypatch, 
     monkeypatch.setattr(srgan.time, "perf_counter", lambda: clock[0])
     device = torch.device("cpu")
     assert [pick(device, name) for name in ("auto", "fp32", "bf16")] == [faster, "fp32", "bf16"]
-
-
-def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
-    """With stand-ins for CUDA, which compute on the CPU when a graph is replayed."""
-    calls = []
-
-    def double(x):
-        calls.append((x, {"twice": 2 * x}))
-        return calls[-1][1]
-
-    class Graph:
-        def replay(self):
-            self.result["twice"].copy_(2 * self.input)
-
-    @contextlib.contextmanager
-    def capture(graph, capture_error_mode):
-        yield
-        graph.input, graph.result = calls[-1]
-    for name, value in {"Stream": MagicMock(), "stream": MagicMock(), "CUDAGraph": Graph,
-                        "current_stream": MagicMock(), "graph": capture}.items():
-        monkeypatch.setattr(torch.cuda, name, value, raising=False)
-    graphed = srgan.Graphed(double, torch.device("cpu"))
-    for shape in ((2,), (3,)):
-        for i in range(6):
-            x = torch.full(shape, float(i))
-            assert torch.equal(graphed(x)["twice"], 2 * x)
-    assert len(calls) == 2 * (srgan.Graphed.warmup + 1)          # the others were replayed

@@ -28,8 +28,7 @@ def options(**settings):
 
 
 def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(open(folder / "metrics.csv", newline="")))
 
 
 def latest(folder):
@@ -38,7 +37,7 @@ def latest(folder):
 
 @pytest.fixture
 def run(script, photos, start):
-    """run("gan", ...) trains in tmp_path, from `start`: the text that it printed."""
+    """run("gan", ...) trains in tmp_path, from `start`, and returns what was printed."""
     def call(stage, *args, epochs=1, steps=2, fails=False, init=start, val=photos / "p0.png"):
         if init and not {"--resume", "--init"} & {*args}:
             args = ("--init", init, *args)
@@ -46,9 +45,7 @@ def run(script, photos, start):
             args = ("--val", val, *args)
         status, out, err = script("train", "--data", photos, *SMALL, "--stage", stage, "--epochs",
                                   epochs, "--steps-per-epoch", steps, *args)
-        assert status == (2 if fails else 0), err
-        if fails:
-            assert "Traceback" not in err and err.count("train.py: ") == 1, err
+        assert status == (2 if fails else 0) and err.count("train.py: ") == fails, err
         return out + err
     return call
 
@@ -67,24 +64,21 @@ def updates(monkeypatch):
     return seen
 
 
-# What a run learns and leaves
+# What a run learns and writes
 
-def test_stage_1_learns_and_leaves_what_a_run_folder_holds(run, photos, tmp_path):
-    text = run("srresnet", "--lr", "2e-3", epochs=3, steps=20, val=photos,
-               *options(checkpoint_every=2, validate_every=2, srresnet__milestones=[2]))
+def test_stage_1_learns_and_writes_its_run_folder(run, photos, tmp_path):
+    run("srresnet", "--lr", "2e-3", epochs=3, steps=20, val=photos,
+        *options(checkpoint_every=2, validate_every=2, srresnet__milestones=[2]))
     out = tmp_path / "runs/srresnet"
-    assert "done; the results are in runs/srresnet" in text
-    assert {path.name for path in out.iterdir()} - {"curves.png"} == {
+    assert {*os.listdir(out)} - {"curves.png"} == {
         "checkpoint_best_psnr.pth", "checkpoint_best_ssim.pth", "checkpoint_epoch_0002.pth",
         "checkpoint_latest.pth", "config.json", "metrics.csv", "samples", "summary.json"}
-    assert sorted(path.name for path in (out / "samples").iterdir()) == \
-        ["epoch_0002.png", "epoch_0003.png"]
+    assert {*os.listdir(out / "samples")} == {"epoch_0002.png", "epoch_0003.png"}
     log = rows(out)
     assert [(row["epoch"], row["update"]) for row in log] == [("1", "20"), ("2", "40"), ("3", "60")]
     assert [float(row["lr"]) for row in log] == pytest.approx([2e-3, 2e-3, 2e-4])
     assert float(log[2]["loss"]) < 0.8 * float(log[0]["loss"]) == 0.8 * float(log[0]["pixel"])
-    assert log[0]["psnr"] == "" and float(log[1]["psnr"]) > 0 and float(log[2]["psnr_std"]) > 0
-    assert float(log[2]["updates_per_s"]) > 0
+    assert log[0]["psnr"] == "" and float(log[2]["psnr_std"]) > 0
     assert latest(out)["training"]["generator"]["fuse.1.num_batches_tracked"] == 60
     summary = json.loads((out / "summary.json").read_text())
     best = summary["best"]["psnr"]["mean"]
@@ -105,8 +99,7 @@ def test_stage_2_starts_from_stage_1s_best_or_the_bundled_weights_and_trains_bot
     shutil.copy(start, tmp_path / "weights/srresnet.pth")
     assert "weights/srresnet.pth\n" in run("gan", "--out", "bundled", init=None, steps=1)
     run("srresnet")
-    text = run("gan", init=None, steps=3)
-    assert "starting from runs/srresnet/checkpoint_best_psnr.pth" in text
+    assert "runs/srresnet/checkpoint_best_psnr.pth\n" in run("gan", init=None, steps=3)
     (stage_1,), (row,) = rows(tmp_path / "runs/srresnet"), rows(tmp_path / "runs/gan")
     summary = json.loads((tmp_path / "runs/gan/summary.json").read_text())
     assert summary["start"]["psnr"]["mean"] == pytest.approx(float(stage_1["psnr"]))
@@ -119,8 +112,8 @@ def test_stage_2_starts_from_stage_1s_best_or_the_bundled_weights_and_trains_bot
 
 
 @pytest.mark.parametrize("setting, rate_of_d", [(0, 1e-4), (3e-4, 3e-4)])
-def test_networks_move_by_their_rates_betas_and_warmup(run, updates, setting, rate_of_d):
-    """Where both betas are 0, Adam moves each weight by its rate, whatever the gradient."""
+def test_learning_rates_betas_and_warmup_reach_both_networks(run, updates, setting, rate_of_d):
+    """If both betas are 0, Adam moves each weight by its rate, whatever the gradient."""
     run("gan", "--lr", "1e-4", steps=3,
         *options(gan__betas=[0, 0], gan__discriminator_lr=setting, gan__warmup=2))
     for (_, before, after), factor in zip(updates, (0.5, 1, 1), strict=True):
@@ -130,7 +123,7 @@ def test_networks_move_by_their_rates_betas_and_warmup(run, updates, setting, ra
 
 
 def test_the_result_is_the_moving_average_with_its_decay(run, updates, start, tmp_path):
-    """... which rises to the setting from 2 / 11, so that the first weights are soon forgotten."""
+    """... which rises from 2 / 11 to the setting, so that the first weights are soon forgotten."""
     run("srresnet", "--lr", "1e-2", *options(ema=0.3), epochs=2, steps=3)
     average = srgan.load_generator(start).state_dict()
     for number, (_, _, (G, _)) in enumerate(updates, 1):
@@ -176,6 +169,7 @@ def test_patches_grow_at_their_epochs_and_no_batch_repeats(photos, tmp_path):
 
 
 def test_paired_training_takes_lr_from_its_folder(run, photos, updates, tmp_path):
+    """Each LR image has a colour of its own; test_patches.py checks the positions."""
     (tmp_path / "lr").mkdir()
     for i, path in enumerate(srgan.find_images(photos)):
         h, w = (side // 4 for side in srgan.open_rgb(path).shape[:2])
@@ -186,8 +180,6 @@ def test_paired_training_takes_lr_from_its_folder(run, photos, updates, tmp_path
     colours = {tuple(image.mean((1, 2)).mul(255).round().int().tolist())
                for (lr, _), *_ in updates for image in lr}
     assert len(colours) > 3 and all(c[0] % 40 == 0 and c[1:] == (7, 9) for c in colours)
-    (tmp_path / "lr/p3x4.png").unlink()
-    assert "p3.png" in run("srresnet", "--lr-data", "lr", "--out", "b", fails=True)
 
 
 # The run folder
@@ -225,7 +217,7 @@ def test_without_val_a_part_of_the_data_is_held_out(run, photos):
     assert "too few" in text and "--val" in text
 
 
-def test_a_run_whose_psnr_is_infinite_resumes_and_its_summary_is_json(run, tmp_path):
+def test_a_run_whose_psnr_is_infinite_can_resume_and_its_summary_is_valid_json(run, tmp_path):
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "flat.png")
     nearest = srgan.Generator(channels=8, n_blocks=1)            # 128 comes out of it as 128
     srgan.save_checkpoint(tmp_path / "nearest.pth", nearest)
@@ -247,24 +239,22 @@ def test_validation_images_that_cannot_be_measured_are_left_out(run, tmp_path):
     assert "no image is left" in run("srresnet", "--out", "none", val="val", fails=True)
 
 
-def test_curves_are_drawn_where_matplotlib_is_installed(run, tmp_path, monkeypatch):
+def test_curves_are_drawn_if_matplotlib_is_installed(run, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "matplotlib", None)
-        assert "without curves.png" in run("srresnet", steps=1)
+        assert "curves.png" in run("srresnet", steps=1)          # says that there are none
     assert not (tmp_path / "runs/srresnet/curves.png").exists()
     pytest.importorskip("matplotlib")
-    run("gan", epochs=2, steps=1)
+    run("gan", steps=1)
     assert Image.open(tmp_path / "runs/gan/curves.png").width > 1000
 
 
 def test_weights_and_biases_gets_what_metrics_csv_gets(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install wandb" in run("srresnet", "--wandb", fails=True)
-    logged, fake = [], types.ModuleType("wandb")
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    fake.init = lambda **_: types.SimpleNamespace(
+    logged, wandb = [], types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **_: types.SimpleNamespace(
         log=lambda row, step: logged.append((step, row["psnr"])), finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     run("srresnet", "--wandb", epochs=2)
     assert logged == [(int(row["update"]), float(row["psnr"]))
                       for row in rows(tmp_path / "runs/srresnet")]
@@ -278,7 +268,7 @@ def test_weights_and_biases_gets_what_metrics_csv_gets(run, tmp_path, monkeypatc
     ("gan", signal.SIGHUP, {"gan__adversarial_loss": "wasserstein", "gan__gradient_penalty": 10,
                             "gan__discriminator_steps": 3, "discriminator__norm": "instance"}),
 ])
-def test_a_signal_ends_the_run_after_its_update_and_resuming_goes_on_bit_for_bit(
+def test_a_signal_ends_the_run_after_its_update_and_resuming_continues_bit_for_bit(
         run, monkeypatch, tmp_path, stage, number, settings):
     run(stage, *options(**settings), "--out", "whole", epochs=2, steps=4)
 
@@ -288,7 +278,7 @@ def test_a_signal_ends_the_run_after_its_update_and_resuming_goes_on_bit_for_bit
         return real(values, step, steps)
     monkeypatch.setattr(train, "rate_factor", rate_factor)
     text = run(stage, *options(**settings), "--out", "parts", epochs=2, steps=4)
-    assert "stopped after update 3 of 8; go on with --resume" in text
+    assert "stopped after update 3 of 8; continue with --resume" in text
     assert signal.getsignal(number) == signal.SIG_DFL            # a second one ends it at once
     run(stage, "--resume", "--out", "parts", epochs=2, steps=4)
     a, b = (latest(tmp_path / name) for name in ("whole", "parts"))
@@ -301,7 +291,7 @@ def test_a_signal_ends_the_run_after_its_update_and_resuming_goes_on_bit_for_bit
 def test_a_resumed_run_keeps_its_networks_and_takes_new_settings(run, tmp_path):
     run("srresnet", *options(srresnet__betas=[0.9, 0.9]))
     assert "complete at update 2" in run("srresnet", "--resume", fails=True)
-    for args, words in ((options(n_blocks=2), "does not fit"), (options(channels=16), "no tensor"),
+    for args, words in ((options(n_blocks=2), "blocks.1"), (options(channels=16), "head.0.weight"),
                         (("--init", "start.pth"), "--init"), (("--stage", "gan"), "stage gan")):
         args = ("--resume", "runs/srresnet/checkpoint_latest.pth", *args)
         assert words in run("srresnet", *args, epochs=2, fails=True)
@@ -311,21 +301,20 @@ def test_a_resumed_run_keeps_its_networks_and_takes_new_settings(run, tmp_path):
     assert [row["lr"] for row in rows(tmp_path / "runs/srresnet")] == ["0.0001", "3e-06"]
 
 
-def test_a_run_of_an_earlier_version_resumes_and_takes_a_loss_that_is_new(
-        script, photos, tmp_path):
+def test_a_run_of_an_earlier_version_resumes_with_settings_that_are_new(script, photos, tmp_path):
     old = srgan.load_checkpoint(OLD / "second_version.pth")
-    old["best"] = {"psnr": {"mean": math.nan, "std": 0.0, "epoch": 1}}   # none: it is forgotten
+    old["best"] = {"psnr": {"mean": math.nan, "std": 0.0, "epoch": 1}}   # any value is better
     torch.save(old, tmp_path / "old.pth")
     status, _, err = script("train", "--data", photos, "--val", photos, "--stage", "srresnet",
                             "--resume", "old.pth", "--epochs", "2", "--out", "on",
                             "--set", "srresnet.tv_weight=1")
-    assert status == 0 and "no longer a setting; ignored" in err, err
+    assert status == 0 and "no longer a setting" in err, err
     new, (*_, row) = latest(tmp_path / "on"), rows(tmp_path / "on")
     assert new["step"] == 4 and new["best"]["psnr"]["epoch"] == 2 and float(row["tv"]) > 0
     assert not same(old["generator"], new["generator"])
 
 
-def test_a_metrics_csv_that_was_edited_by_hand_is_one_line(run, tmp_path):
+def test_a_metrics_csv_that_was_edited_by_hand_is_kept_and_named(run, tmp_path):
     run("srresnet")
     log = tmp_path / "runs/srresnet/metrics.csv"
     good = log.read_text()
@@ -340,9 +329,9 @@ def test_a_metrics_csv_that_was_edited_by_hand_is_one_line(run, tmp_path):
 
 @pytest.mark.parametrize("stage, what, number", [
     ("srresnet", "loss", 3), ("srresnet", "weight", 4), ("gan", "weight", 7)])
-def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_is_kept(
+def test_a_nan_ends_the_run_and_the_last_good_checkpoint_is_kept(
         run, tmp_path, monkeypatch, stage, what, number):
-    """After the step of this number, which is in epoch 2; in stage 2, D and G step in turn."""
+    """It appears after this optimiser step, in epoch 2; in stage 2, D and G step in turn."""
     steps, real = [], srgan.minimize
 
     def minimize(loss, adam):
@@ -362,7 +351,7 @@ def test_what_is_not_finite_ends_the_run_and_the_last_good_checkpoint_is_kept(
     assert latest(out)["step"] == 6
 
 
-def test_what_a_user_can_cause_is_one_line(run, photos, tmp_path, start):
+def test_what_a_user_can_cause_is_named_in_one_line(run, photos, tmp_path, start):
     (tmp_path / "empty").mkdir()
     srgan.save_checkpoint(tmp_path / "wide.pth", srgan.Generator(channels=9, n_blocks=1))
     for args, words in [
@@ -384,8 +373,8 @@ def test_what_a_user_can_cause_is_one_line(run, photos, tmp_path, start):
     ("WORLD_SIZE=8", "cuda:1", "--device cuda"), ("", "cuda:77", "'cuda:77' cannot be used"),
     ("RANK=1", "cpu", "torchrun"), ("WORLD_SIZE=-1", "cpu", "torchrun"),
     ("WORLD_SIZE=2 RANK=0", "cpu", "torchrun")])
-def test_an_environment_that_does_not_fit_is_one_line(run, monkeypatch, environment, device, words):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)   # so it seems
+def test_a_wrong_environment_is_named_in_one_line(run, monkeypatch, environment, device, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for item in environment.split():
         monkeypatch.setenv(*item.split("="))
     assert words in run("srresnet", "--device", device, fails=True)
@@ -393,9 +382,9 @@ def test_an_environment_that_does_not_fit_is_one_line(run, monkeypatch, environm
 
 # Several processes and GPUs
 
-def test_two_processes_learn_as_one_with_the_joined_batch_and_one_goes_on(
+def test_two_processes_learn_as_one_with_the_joined_batch_and_one_can_resume(
         run, photos, start, tmp_path):
-    """Beta 0 makes Adam's first moment the gradient. No layer sees statistics of a batch."""
+    """Beta 0 makes Adam's first moment the gradient. No layer uses statistics of a batch."""
     args = ("--data", photos, "--val", photos / "p0.png", "--stage", "gan", *SMALL, "--init", start,
             "--epochs", 1, "--steps-per-epoch", 1, "--lr", 1e-12, *options(
                 gan__freeze_batch_norm=True, discriminator__norm="instance",
@@ -405,7 +394,7 @@ def test_two_processes_learn_as_one_with_the_joined_batch_and_one_goes_on(
          ROOT / "train.py", *map(str, args)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("starting from") == 1               # one process speaks and writes
+    assert done.stdout.count("starting from") == 1               # only rank 0 prints
     training = latest(tmp_path / "runs/gan")["training"]
     store = srgan.Store(srgan.find_images(photos), tmp_path / "cache")
     batches = [next(srgan.Patches(store, 32, rank=rank).batches(4, 0, 1)) for rank in (0, 1)]
@@ -428,19 +417,19 @@ def test_two_processes_learn_as_one_with_the_joined_batch_and_one_goes_on(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_both_stages_train_on_the_gpu_by_a_graph_as_without(run, tmp_path):
+def test_on_a_gpu_both_stages_train_alike_with_and_without_a_graph(run, tmp_path):
     for stage in ("srresnet", "gan"):
-        for mode in ("auto", "no"):
-            run(stage, "--device", "cuda", *options(compile=mode), "--out", f"{stage}-{mode}",
+        losses = []
+        for mode in ("no", "auto"):
+            run(stage, "--device", "cuda", *options(compile=mode), "--out", mode + stage,
                 epochs=2, steps=8)
-        losses = [[float(row["loss"]) for row in rows(tmp_path / f"{stage}-{mode}")]
-                  for mode in ("auto", "no")]
+            losses.append([float(row["loss"]) for row in rows(tmp_path / (mode + stage))])
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    run("gan", "--device", "cuda", "--out", "gan-auto", "--resume", epochs=3, steps=8)
-    assert latest(tmp_path / "gan-auto")["step"] == 24
+    run("gan", "--device", "cuda", "--out", "autogan", "--resume", epochs=3, steps=8)
+    assert latest(tmp_path / "autogan")["step"] == 24
 
 
-def test_fp32_means_no_tf32_either():
+def test_fp32_means_without_tf32():
     for precision, allowed in ("bf16", True), ("fp32", False):
         train.set_up_arithmetic(torch.device("cpu"), {"precision": precision})
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed

@@ -1,4 +1,4 @@
-"""Section 6: whole images, in tiles that show nowhere."""
+"""Section 6: whole images, in tiles that leave no trace."""
 import copy
 
 import numpy as np
@@ -10,7 +10,7 @@ import srgan
 
 
 def super_resolve(generator, image):
-    """G as drawn in Fig. 4 on the whole image at once: float [H, W, 3] in [0, 255]."""
+    """G as drawn in Fig. 4, of the whole image: float [H, W, 3] in [0, 255]."""
     with torch.no_grad():
         sr = generator(torch.from_numpy(image / 255).float().permute(2, 0, 1)[None])
     return (sr[0].permute(1, 2, 0).numpy() + 1) * 127.5
@@ -18,7 +18,7 @@ def super_resolve(generator, image):
 
 @pytest.fixture
 def values(monkeypatch):
-    """What upscale computed for each tile, before it is rounded to 8 bits."""
+    """What upscale computes for each tile, before rounding to 8 bits."""
     tiles, real = [], srgan.to_pixels
     monkeypatch.setattr(srgan, "to_pixels", lambda sr: (tiles.append(sr.clone()), real(sr))[1])
     return tiles
@@ -32,7 +32,7 @@ def check(result, expected):
 @pytest.mark.parametrize("tile, size", [
     (0, (37, 45)), (1, (4, 45)), (5, (37, 45)), (16, (37, 45)), (None, (37, 45)),
     (10 ** 400, (37, 45)), (None, (1, 1)), (None, (1, 50))])
-def test_no_tiling_shows_in_the_result_and_views_of_arrays_will_do(generator, tile, size):
+def test_no_tiling_shows_in_the_result_and_arrays_may_be_views(generator, tile, size):
     image = photo(*size)[::-1]
     image.flags.writeable = False
     expected = super_resolve(generator, image.copy())
@@ -43,9 +43,9 @@ def test_no_tiling_shows_in_the_result_and_views_of_arrays_will_do(generator, ti
 @pytest.mark.parametrize("corner", [0, -1])
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
                                           ("rrdb", 4)])
-def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_do(
+def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_be(
         block, scale, corner, values, monkeypatch):
-    """In floating point, for a network that looks as far to one side as it can."""
+    """In floating point, for a network that sees as far to one side as it can."""
     g = srgan.make_generator(block, scale=scale, channels=4, tanh=False,
                              n_blocks=1 if block == "rrdb" else 2).eval()
     for name, p in g.named_parameters():
@@ -69,7 +69,7 @@ def test_tiles_and_parts_are_exact_and_no_smaller_overlap_would_do(
     assert error((0, 0)) < 1e-5 < 1e-4 < min(error((1, 0)), error((0, 1)))
 
 
-def test_where_memory_is_short_tiles_are_halved_until_they_fit_or_are_too_small(
+def test_if_memory_runs_out_tiles_are_halved_until_they_fit_or_are_too_small(
         generator, monkeypatch):
     image, real, sizes, limit = photo(90, 70), srgan.features, [], 60 * 60
 
@@ -87,7 +87,7 @@ def test_where_memory_is_short_tiles_are_halved_until_they_fit_or_are_too_small(
         srgan.upscale(generator, image)
 
 
-def test_the_ensemble_is_the_mean_over_eight_views(generator, values):
+def test_the_ensemble_is_the_mean_over_eight_views(generator):
     image, sums = photo(20, 28), 0
     result = srgan.upscale(generator, image, ensemble=True, tile=9)
     for turns in range(4):
@@ -98,7 +98,7 @@ def test_the_ensemble_is_the_mean_over_eight_views(generator, values):
     assert np.abs(result - super_resolve(generator, image)).max() > 5
 
 
-def test_what_is_no_uint8_rgb_image_is_a_type_error(generator):
+def test_anything_but_a_uint8_rgb_image_is_a_type_error(generator):
     image = photo(8, 8)
     for wrong in (image[..., 0], image[..., :2], image / 255, image[None], image.astype(np.int64),
                   image[:0], torch.from_numpy(image), None, "a.png"):

@@ -1,4 +1,4 @@
-"""The bundled weights do what the README says of them, on the images of figures/HR."""
+"""The bundled weights do what the README says of them, on the images in figures/HR."""
 import json
 import os
 import re
@@ -47,17 +47,17 @@ def test_weights_are_small_and_say_how_they_were_made(model):
     assert not any(isinstance(value, str) and value.startswith("/") for value in state.values())
 
 
-def test_srresnet_is_the_closest_and_srgans_texture_the_strongest(results):
+def test_srresnet_has_the_best_psnr_and_srgan_the_strongest_texture(results):
     psnr = {model: mean(results, model, srgan.psnr) for model in results}
     assert psnr["bicubic"] - 0.5 < psnr["srgan"] < psnr["srresnet"] > psnr["bicubic"] + 1
     texture = {model: mean(results, model, lambda sr, hr: detail(sr).std() / detail(hr).std())
                for model in results}
     assert texture["bicubic"] < texture["srresnet"] < texture["srgan"]
-    assert 0.8 < texture["srgan"] < 1.1                          # the originals' is 1
+    assert 0.8 < texture["srgan"] < 1.1                          # 1 in the originals
 
 
-def test_no_grid_shows_at_the_places_within_an_lr_pixel(results):
-    """Its mean over many LR pixels stays in a grid, and vanishes in texture."""
+def test_srgan_shows_no_grid(results):
+    """The mean over many LR pixels keeps a grid and cancels texture."""
     def grid(sr, hr):
         error = F.pixel_unshuffle(detail(sr) - detail(hr), 4)    # [1, 16, h, w]
         return F.avg_pool2d(error, 8).abs().mean()
