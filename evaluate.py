@@ -1,4 +1,4 @@
-"""Measure generators on a test set by the protocol of the field (paper, Sec. 3.1).
+"""Measure generators on a test set by the usual protocol (paper, Sec. 3.1).
 
     python evaluate.py --ckpt runs/gan/checkpoint_latest.pth weights/srresnet.pth --data Set14
     python evaluate.py --sr results/other_program --data Set14
@@ -31,7 +31,7 @@ def parse_args():
     add("--split", choices=("train", "val", "test"),
         help="only this part of --data, split as when --ckpt was trained (else 80/15/5)")
     add("--scale", type=int, choices=srgan.SCALES, help="default: the checkpoints', else 4")
-    add("--kernel", choices=srgan.KERNELS, help="how LR is made (default: as in --ckpt's training)")
+    add("--kernel", choices=srgan.KERNELS, help="how LR is made (default: as for the first --ckpt)")
     add("--rgb", action="store_true", help="measure on RGB instead of Y")
     add("--shave", type=int, metavar="N", help="border pixels to remove (default: scale)")
     add("--no-lpips", action="store_true", help="skip LPIPS, which downloads AlexNet once")
@@ -55,7 +55,7 @@ def select(pairs, part, config):
 
 
 def find_sr(folder, pairs):
-    """{HR's stem: SR path}. All SR names may have one more ending. A path may not exist."""
+    """{HR's stem: SR path}. SR names may share an ending. A path need not exist."""
     sr = srgan.by_stem(srgan.find_images(folder))
     hr = {stem.removesuffix("_HR"): stem for stem, *_ in pairs}
     endings = Counter(name[len(start):] for name in sr for start in hr if name.startswith(start))
@@ -183,7 +183,7 @@ def main():
                           names=srgan.usable_metrics(not args.no_lpips, device))
     data = f"{args.data} ({args.split})" if args.split else args.data
     if not results:
-        raise InputError(f"{data}: no image could be measured")
+        raise InputError(f"{data}: it has no images, or none could be measured")
     source = args.lr or ("LR images of the folder" if pairs[0][2] else f"{kernel} x1/{scale} of HR")
     protocol = {"channels": "RGB" if args.rgb else "Y", "shave": shave, "bits": 8, "lr": source}
     print(srgan.printable(f"{data}: {len(results)} images, x{scale}, LR: {source}; PSNR and SSIM "

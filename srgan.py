@@ -8,12 +8,12 @@ The paper
 What surrounds it
     4. Data               open images, make LR from HR, draw patches    Sec. 3.2
     5. Metrics            PSNR, SSIM, LPIPS                             Sec. 3.1
-    6. Upscaling          whole images in exact tiles
-    7. Checkpoints        what train.py writes and everything reads
-    8. Beyond the paper   losses and networks of later work
+    6. Upscaling          whole images, in tiles that leave no trace
+    7. Checkpoints        what train.py writes and every script reads
+    8. Beyond the paper   initialisation, networks, losses, updates
     9. Speed              the same mathematics, computed faster
 
-Sections 1 to 3 are the paper and nothing else. Symbols: G, D, LR, HR, and SR = G(LR).
+Sections 1 to 3 are the paper, and say where they add to it. Symbols: G, D, LR, HR, SR = G(LR).
 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
@@ -75,7 +75,7 @@ class Generator(nn.Module):
     Tanh, which the paper does not mention and nearly every implementation has. init: "nearest"
     starts G as nearest-neighbour upsampling (section 8), "torch" with torch's random weights.
     """
-    block = "residual"
+    block = "residual"                                            # its key in GENERATORS
 
     def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
         super().__init__()
@@ -106,9 +106,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
 
-    Built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features. The other
-    arguments are for later work (section 8): other `channels`, a `first_kernel` of another size,
-    norm="instance", and `pool`, which averages to pool x pool positions so that any patch fits.
+    Built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features. Beyond the
+    paper (section 8) are other `channels`, a `first_kernel` that is not 3, norm="instance", and
+    `pool`, which averages the features to pool x pool positions so that any patch size fits.
     """
 
     def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
@@ -171,9 +171,9 @@ class TruncatedVGG19(ContentNetwork):
     that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
 
     The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. This is true of the
-    *normalised* VGG19 of Gatys et al. (mean activation 1): for an SRResNet, VGG22's loss is 0.0203
-    and the MSE 0.0199. Torchvision's VGG19 has activations of another scale; weights/README.md
-    says how to choose the divisor for it.
+    *normalised* VGG19 of Gatys et al. (mean activation 1): with it, an SRResNet's VGG22 loss is
+    about its MSE. Torchvision's VGG19 has activations of another scale; weights/README.md says how
+    to choose the divisor for it.
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -241,12 +241,12 @@ def discriminator_loss(fake, real):
 
 
 class Update:
-    """One update: of D, then of G ("we alternate", k = 1, Sec. 3.2); of G alone without a D.
+    """One update of D and then of G ("we alternate", k = 1, Sec. 3.2); without a D, of G alone.
 
-    content_losses: {name: (weight, function of SR and HR)}; the paper has one. penalties: the same
-    for D's loss; the paper has none. The variants of section 8 replace the last three arguments.
-    Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
-    {name: scalar tensor}: each loss, unweighted; "loss", the sum that G minimised; D's mean logits.
+    content_losses: {name: (weight, function of SR and HR)}; the paper has one, SRResNet-VGG22 two.
+    penalties: the same for D's loss; the paper has none. Section 8 has variants of the last three
+    arguments. Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
+    {name: scalar}: G's losses, unweighted; "loss", their weighted sum; D's loss and mean logits.
     """
 
     def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
@@ -275,14 +275,13 @@ class Update:
         return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
     def update_generator(self, sr, hr):
-        """A step towards Eq. 1: theta_G minimises l^SR, Eq. 6 being G's side of Eq. 2."""
+        """A step towards Eq. 1: theta_G minimises l^SR. Eq. 6 stands in for G's side of Eq. 2."""
         losses = {name: f(sr, hr) for name, (_, f) in self.content_losses.items()}  # Eq. 4 or 5
         content = sum(weight * losses[name] for name, (weight, _) in self.content_losses.items())
         loss = content                                            # SRResNet
         if self.D is not None:                                    # SRGAN
             losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
-            loss = perceptual_loss(content, losses["adversarial"],
-                                   self.adversarial_weight)                         # Eq. 3
+            loss = perceptual_loss(content, losses["adversarial"], self.adversarial_weight)  # Eq. 3
         minimize(loss, self.adam_G)                               # Eq. 1
         return losses | {"loss": loss}
 
@@ -301,12 +300,12 @@ def minimize(loss, adam):
 SCALES = (2, 4, 8)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
             ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # other formats run programs
-MAX_SIDE = 100_000                                               # pixels; decoding takes whole rows
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # EPS, for one, runs a program
+MAX_SIDE = 100_000                                               # pixels; decoders hold whole rows
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
 EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # old sizes, and file offsets
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
-MARGIN = 2                                # LR pixels around a patch that its own depend on
+MARGIN = 2                                # a patch's LR depends on HR up to 2 LR pixels outside it
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
 
@@ -330,7 +329,7 @@ def one_line(error):
 
 
 def find_images(path):
-    """Sorted paths of the images in a folder and its subfolders, or a file's own. InputError."""
+    """Sorted paths of the images in a folder and its subfolders, or one file. Raises InputError."""
     path = Path(path)
     found = [path] if path.is_file() else sorted(
         p for p in path.rglob("*")
@@ -387,9 +386,9 @@ def to_8_bits(image, raw):
 
 
 def info_to_keep(image):
-    """The ICC profile, DPI and EXIF data (date, camera, position) that the result shall keep."""
+    """The ICC profile, DPI and EXIF data (date, camera, position) that the result keeps."""
     info, profile, dpi = {}, image.info.get("icc_profile"), image.info.get("dpi")
-    if isinstance(profile, bytes) and image.mode != "CMYK":      # it made sRGB of CMYK
+    if isinstance(profile, bytes) and image.mode != "CMYK":      # CMYK has become sRGB
         info["icc_profile"] = profile
     if dpi and all(0 < dots < 1e5 for dots in dpi):
         info["dpi"] = dpi
@@ -453,16 +452,16 @@ def round_to_8_bits(x):
     return x.clamp(0, 1).mul(255).round().div(255)
 
 
-def bicubic_kernel(hr, scale):
-    """Pillow's BICUBIC (a = -0.5, antialiased): horizontal, then vertical, each rounded."""
+def reduce_bicubic(hr, scale):
+    """Pillow's BICUBIC (a = -0.5, antialiased): across, then down; downsample rounds again."""
     h, w = hr.shape[2:]
     lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
     lr = round_to_8_bits(lr)
     return F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
 
 
-def gaussian_kernel(hr, scale):
-    """Sec. 2: a Gaussian blur of sigma 0.4 scale, then every scale-th pixel; centred as bicubic."""
+def reduce_gaussian(hr, scale):
+    """Sec. 2, which gives no sigma: Gaussian blur of sigma 0.4 scale, then every scale-th pixel."""
     n, c, h, w = hr.shape
     margin = 5 * scale // 4                                      # the taps reach 3 to 4 sigma
     taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
@@ -472,7 +471,7 @@ def gaussian_kernel(hr, scale):
     return F.conv2d(x, taps.view(1, 1, 1, -1), stride=(1, scale)).view(n, c, h // scale, w // scale)
 
 
-KERNELS = {"bicubic": bicubic_kernel, "gaussian": gaussian_kernel}
+KERNELS = {"bicubic": reduce_bicubic, "gaussian": reduce_gaussian}
 
 
 def downsample(hr, scale=4, kernel="bicubic"):
@@ -483,7 +482,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
-        raise ValueError(f"{h}x{w} is no multiple of {scale}")
+        raise ValueError(f"{h}x{w} is not a multiple of {scale}")
     return round_to_8_bits(KERNELS[kernel](hr, scale))
 
 
@@ -509,7 +508,7 @@ def lr_names(stem, scale):
 
 
 def find_hr(folder):
-    """Paths of the HR images in a folder or its HR/. InputError if LR images are among them."""
+    """Paths of the HR images in a folder or its HR/. Raises InputError if some are LR images."""
     folder = Path(folder)
     folder = folder / "HR" if (folder / "HR").is_dir() else folder
     paths = find_images(folder)
@@ -519,8 +518,8 @@ def find_hr(folder):
         if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I) or any(
                 path.with_name(name) in stems for scale in SCALES
                 for name in lr_names(path.stem, scale)[1:]):
-            raise InputError(f"{folder} holds LR images, too (see {path}); put HR and LR images "
-                             "into separate folders, and name that of HR")
+            raise InputError(f"{folder} also holds LR images (see {path}); put HR and LR images "
+                             "into separate folders, and give the one with HR")
     return paths
 
 
@@ -536,8 +535,8 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
     if lr_folder is None and (folder / "HR").is_dir():
         usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
         lr_folder = next((path for path in usual if path.is_dir()), None)
-    hr = by_stem(find_hr(folder))
-    lr, pairs = by_stem(find_images(lr_folder)) if lr_folder else {}, []
+    hr, pairs = by_stem(find_hr(folder)), []
+    lr = by_stem(find_images(lr_folder)) if lr_folder else {}
     for stem, path in sorted(hr.items()):
         match = next((lr[name] for name in lr_names(stem, scale) if name in lr), None)
         if lr_folder and match is None:
@@ -585,8 +584,8 @@ class Store:
     """Images, decoded once into a file under `cache`: store[i] is a uint8 tensor [h, w, 3].
 
     The file is memory-mapped; its name depends on the images' paths, sizes and times. mode:
-    "always", "never" (images are decoded each time they are needed), or "auto" ("always", unless
-    that would take 32 GiB or half of the free disk). Raises InputError if the disk is too small.
+    "always", "never" (images are decoded each time they are needed), or "auto" ("never" if the file
+    would exceed 32 GiB or half of the free disk). Raises InputError if the disk is too small.
     """
 
     def __init__(self, paths, cache="cache", mode="auto"):
@@ -605,7 +604,7 @@ class Store:
                 self.open(file)
 
     def is_too_large(self, cache):
-        """Whether the pixels would not fit, as estimated from the headers of 100 images."""
+        """Whether the pixels would not fit, as estimated from the headers of up to 100 images."""
         n_bytes, sample = 0, self.paths[::len(self.paths) // 100 + 1]
         for path in sample:
             with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
@@ -754,7 +753,7 @@ class Patches:
         """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] for updates
         first to last - 1; p is the patch size."""
         stored = (self.windows(step, n) for step in range(first, last))
-        for hr, *lr in self.stream(n, first, last) if self.hr.pixels is None else stored:
+        for hr, *lr in (self.stream(n, first, last) if self.hr.pixels is None else stored):
             hr = self.upload(hr)                                 # [n, 3, window, window]
             lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
             lr, hr = F.pad(lr, [-MARGIN] * 4), F.pad(hr, [-MARGIN * self.scale] * 4) * 2 - 1
@@ -776,8 +775,8 @@ def cut_square(image, corner, side, symmetry):
 
 
 # ==================================================================================================
-# 5. Metrics. Sec. 3.1: "on the y-channel of center-cropped, removal of a 4-pixel wide strip from
-#    each border" images. On 8-bit values, in float64.
+# 5. Metrics. Sec. 3.1: PSNR and SSIM "on the y-channel", without "a 4-pixel wide strip from each
+#    border"; here on 8-bit values, in float64. LPIPS is later work and takes RGB.
 # ==================================================================================================
 
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -858,7 +857,7 @@ def load_lpips():
 
 @torch.inference_mode()
 def lpips(sr, hr, shave=0, luma=False):
-    """Zhang et al., CVPR 2018: the distance of two whole RGB images, uint8 [H, W, 3] -> float."""
+    """Zhang et al. 2018: distance of whole RGB images, uint8 [H, W, 3]; ignores shave and luma."""
     if min(hr.shape[:2]) < 32:
         raise InputError("LPIPS needs at least 32x32 pixels; leave it out")
     network = load_lpips()
@@ -930,12 +929,12 @@ def side_by_side(images, labels):
 #    the former process large tiles, and the latter enlarge each tile in small parts.
 # ==================================================================================================
 
-TILE = 1448                              # LR pixels a side: 2 megapixels take 2 GB
-PART = 128                               # LR pixels a side that are enlarged together
+TILE = 1448                              # LR pixels per side: 2 megapixels take 2 GB
+PART = 128                               # LR pixels per side that are enlarged together
 
 
 def radii(generator):
-    """How far an SR pixel sees, in LR pixels: (in the whole network, after the long skip)."""
+    """How far an SR pixel sees, in LR pixels: (through all of G, through what follows the skip)."""
     def reach(network):                                          # a k x k kernel adds k // 2
         return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
     scale = generator.arch["scale"]
@@ -1030,8 +1029,8 @@ def is_out_of_memory(error):
 
 
 # ==================================================================================================
-# 7. Checkpoints. A dictionary of tensors, numbers and strings: "generator", the weights (their
-#    moving average, which is the result), "arch", G's arguments, and what train.py adds.
+# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the weights (in fact
+#    their moving average, the result of training); "arch": G's arguments; and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1055,7 +1054,7 @@ def replacing(path):
 
     Its name depends only on `path`, so that the next run replaces what a killed one left behind.
     """
-    path = Path(os.path.realpath(path))                          # keeps links
+    path = Path(os.path.realpath(path))                          # a link stays one
     if path.exists() and not path.is_file():
         yield path                                               # /dev/stdout
         return
@@ -1087,7 +1086,7 @@ def save_checkpoint(path, generator, **more):
 
 
 def copy_zip(file):
-    """Copy a zip file that may have two directories into one that has one.
+    """Rewrite a zip file with one directory: torch could read another than zipfile checks here.
 
     Raises ValueError if its contents take more memory than the file itself.
     """
@@ -1142,7 +1141,7 @@ def check_like(saved, fresh, name):
                 or saved.untyped_storage().nbytes() < saved.nbytes:
             raise InputError(f"{name} is no tensor of {fresh.dtype} {tuple(fresh.shape)}")
         if not saved.isfinite().all():
-            raise InputError(f"{name} is not finite; the training diverged, take an earlier one")
+            raise InputError(f"{name} is not finite: training diverged; use an earlier file")
     elif type(saved) is not type(fresh) or isinstance(saved, float) and not math.isfinite(saved):
         raise InputError(f"{name} must be of type {type(fresh).__name__}")
 
@@ -1175,7 +1174,7 @@ def load_generator(path, device="cpu"):
 
 
 def load_features(network, weights, url):
-    """Load weights into a content network, see TruncatedVGG19; returns it. Raises InputError."""
+    """Load weights into a content network (see TruncatedVGG19) and return it. Raises InputError."""
     if weights == "random":
         rng = torch.Generator().manual_seed(0)
         for p in network.parameters():
@@ -1203,7 +1202,7 @@ def load_features(network, weights, url):
 
 
 def run(main):
-    """Call a script's main() and exit with its status; InputError is one line and status 2."""
+    """Call a script's main() and exit with its status; an InputError is one line and status 2."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1219,7 +1218,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        status = "out of memory; take a smaller --tile or --batch-size"
+        status = "out of memory; use a smaller --tile or --batch-size"
     except KeyboardInterrupt:
         status = 130
     if isinstance(status, str):
@@ -1229,11 +1228,11 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: what the presets of later work select, each with its source.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
-    """Wang et al. 2018, Fig. 4: five k3 convolutions, each sees all earlier maps; LeakyReLU."""
+    """Wang et al. 2018, Fig. 4: five k3 convolutions, each of which sees all earlier maps."""
 
     def __init__(self, n, growth=32):
         super().__init__()
@@ -1274,8 +1273,8 @@ class RRDBGenerator(Generator):
 def start_as_nearest(generator):
     """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
-    Three channels carry RGB from end to end. The r^2 filters that PixelShuffle interleaves to one
-    map start with the same weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
+    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
     """
     nn.init.dirac_(generator.head[0].weight[:3])
     generator.head[0].bias[:3] = 0
@@ -1286,8 +1285,8 @@ def start_as_nearest(generator):
         conv.bias[:12:4] = 0
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
-    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) maps [0, 1]
-    generator.tail.bias.fill_(-1.25)                             # to nearly [-1, 1]
+    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) is near
+    generator.tail.bias.fill_(-1.25)                             # 2 x - 1
 
 
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
@@ -1320,7 +1319,7 @@ def grid_loss(sr, hr, scale=4, window=8):
     error = F.avg_pool2d(error, min(window, *error.shape[2:]))   # [N, 3 x 16, h / 8, w / 8]
     detail = sr - F.avg_pool2d(sr, 5, 1, 2, count_include_pad=False)
     power = F.pixel_unshuffle(detail, scale).square().mean((2, 3)).unflatten(1, (3, -1))
-    strength = power.add(1e-4).sqrt()                            # [N, 3, 16]; 0.01: a grey level
+    strength = power.add(1e-4).sqrt()                            # [N, 3, 16]; 1e-4: a grey level^2
     uneven = strength - strength.mean(2, keepdim=True)
     return error.abs().mean() + uneven.abs().mean()
 
@@ -1328,8 +1327,8 @@ def grid_loss(sr, hr, scale=4, window=8):
 def fourier_loss(sr, hr, window=16):
     """The Fourier amplitude loss of Fuoli et al. 2021, arXiv:2106.00783, in overlapping windows.
 
-    It compares how much texture of each frequency and direction there is, but not where: on grey
-    and on two colour differences. [N, 3, H, W] in [-1, 1] twice, H and W >= window -> scalar.
+    On grey and on two colour differences, it compares how much texture of each frequency and
+    direction there is, not where. [N, 3, H, W] in [-1, 1] twice, H and W >= window -> scalar.
     """
     hann = torch.hann_window(window, periodic=False, device=sr.device)
     hann = hann / hann.square().mean().sqrt()
@@ -1357,7 +1356,7 @@ CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the s
 
 
 def relativistic_adversarial_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR is to look more real than the average HR, and HR less than SR."""
+    """Wang et al. 2018, Eq. 2: SR shall look more real than HR on average, and HR less than SR."""
     fake = D(sr)
     with torch.no_grad():
         real = D(hr)
@@ -1466,7 +1465,7 @@ def features(generator, lr):
 def enlarge(generator, x):
     """The rest of Fig. 4: [N, channels, h, w] -> SR [N, 3, scale h, scale w].
 
-    PReLU treats each value by itself, so the last shuffle can follow it, and even the tail.
+    PReLU treats each value by itself, so the last shuffle can move behind it, and behind the tail.
     """
     *layers, _, activation = generator.upsample
     for layer in layers:
@@ -1484,7 +1483,7 @@ def conv_of_shuffled(x, conv, r=2):
     """
     k, p = conv.kernel_size[0], conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
-    side = r * (2 * reach + 1)                                   # 9x9 shifts within 10x10
+    side = r * (2 * reach + 1)                                   # 9x9 weights shift in 10x10
     shifts = range(r * reach - p, r * reach - p + r)
     shifted = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
                for top in shifts for left in shifts]             # [3, 64, 10, 10] each

@@ -4,8 +4,8 @@ r"""Train SRResNet (stage 1), then SRGAN (stage 2).
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage gan
 
 Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM ends a run after the current
-update and saves it; --resume continues it, on the CPU bit for bit. To list all settings, to
-change one, and to train on four GPUs or on two machines with eight GPUs each:
+update (of several processes, within ten) and saves it; --resume continues it, on the CPU bit for
+bit. To list or change settings, and to train on four GPUs, or on two machines with eight each:
 
     python train.py --list-settings
     python train.py --data photos --stage gan --preset srgan-vgg22 --set gan.lr=5e-5
@@ -13,7 +13,7 @@ change one, and to train on four GPUs or on two machines with eight GPUs each:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
         train.py --data ...
 
---batch-size is per GPU; the machines share the run folder. The update itself is srgan.Update.
+--batch-size is per GPU; all machines must see one run folder. The update itself is srgan.Update.
 """
 import argparse
 import contextlib
@@ -50,12 +50,12 @@ COLUMNS = ("epoch", "update", "lr", *LOSSES, *SCORES, "updates_per_s", "memory_m
 
 # Settings. Their defaults and presets are in config.json, their allowed values and meanings here.
 
-def between(low, high):
-    return lambda value: low <= value <= high, f"{low:g} to {high:g}"
+def between(low, high):                                          # each: (check, allowed values)
+    return (lambda value: low <= value <= high), f"{low:g} to {high:g}"
 
 
 def one_of(*choices):
-    return lambda value: value in choices, ", ".join(map(str, choices))
+    return (lambda value: value in choices), ", ".join(map(str, choices))
 
 
 def ints(values, low=1, high=1e9):
@@ -92,11 +92,11 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "store": (one_of("auto", "always", "never"), "whether decoded images are stored on disk"),
     "split": ((lambda v: len(v) == 3 and ints(v, 0) and sum(v) == 100 and v[0] * v[1] > 0,
                "percentages, in total 100"), "training, validation and test, if there is no --val"),
-    "validate_on": (between(0, 1e9), "how many of the held-out images to validate on; 0: all"),
+    "validate_on": (between(0, 1e9), "limits validation; the rest is trained on; 0: no limit"),
     "steps_per_epoch": (between(1, 1e9), "updates per epoch"),
-    "epochs": (between(1, 1e9), "length of the stage"),
+    "epochs": (between(1, 1e9), "epochs of the stage"),
     "lr": (between(1e-12, 10), "learning rate"),
-    "discriminator_lr": (between(0, 10), "the discriminator's learning rate; 0: the same"),
+    "discriminator_lr": (between(0, 10), "the discriminator's learning rate; 0: G's"),
     "betas": ((lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
                "two numbers from 0 to below 1"), "Adam's beta1 and beta2"),
     "schedule": (one_of("constant", "step", "cosine"), "how the learning rate changes"),
@@ -114,13 +114,13 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
-    "checkpoint_every": (between(0, 1e9), "epochs from one checkpoint_epoch_XXXX.pth to the next"),
+    "checkpoint_every": (between(0, 1e9), "epochs between two checkpoint_epoch_XXXX.pth; 0: none"),
     "lpips": (YES_NO, "also measure LPIPS, which downloads AlexNet"),
     "precision": (one_of("auto", "bf16", "fp32"), "auto: whichever is faster on this machine"),
-    "compile": (one_of("auto", "yes", "no"), "torch.compile; auto: on CUDA"),
+    "compile": (one_of("auto", "yes", "no"), "torch.compile and CUDA graphs; auto: on CUDA"),
     "seed": (between(0, 2 ** 62), "random seed of the initialisation and the patches"),
 }
-RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}
+RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}  # of older versions
 
 
 def change(config, changes, prefix=""):
@@ -270,7 +270,7 @@ class State:
             adam.param_groups[0]["lr"].fill_(self.base_rates[name] * factor)
 
     def record(self, losses, decay):
-        """After an update: sum up its losses, count it, and update the moving average."""
+        """After an update: add its losses, count it, average G (at first over few updates)."""
         torch._foreach_add_([self.sums[name] for name in losses],
                             [loss.detach().float() for loss in losses.values()])
         self.step += 1
@@ -701,7 +701,7 @@ def any_process(flag, world, device):
 
 
 def train(state, update, data, run, config, stage, world, device):
-    """The training loop. It ends after the last update, or the one in which a signal came."""
+    """The training loop. It ends after the last update, or soon after a signal in any process."""
     values, steps = config[stage], config["steps_per_epoch"]
     total, signals, stop = values["epochs"] * steps, record_signals(), False
     began, epoch_began, first = time.monotonic() - state.seconds, time.monotonic(), state.step

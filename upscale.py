@@ -44,7 +44,7 @@ def parse_args():
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py")
     weights.add_argument("--model", choices=("srgan", "srresnet"),
-        help="bundled weights: srgan, crisp (default), or srresnet, for lettering and drawings")
+        help="bundled weights: srgan (default), crisp; srresnet, for lettering and drawings")
     weights.add_argument("--blend", type=float, metavar="A", help="from SRResNet (0) to SRGAN (1)")
     add("--ensemble", action="store_true",
         help="mean over the eight flips and rotations: better, eight times slower")
