@@ -442,6 +442,7 @@ def draw_curves(rows, baselines, path):
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for i, (title, names) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), i, title=title, xlabel="update")
+        axes.locator_params(axis="x", nbins=5)                   # labels do not overlap
         for name in names:
             points = [(int(row["update"]), float(row[name])) for row in rows if row.get(name)]
             if any(value for _, value in points):
