@@ -12,16 +12,14 @@ neighbouring pairs, with the range of the middle half of them.
 The baseline of the first two is "plain": the same srgan.Update and networks without section 9, that
 is fp32, channels-first, eager, Fig. 4 as drawn.
 
-Measured on 2 cores of an AMD EPYC with AVX512-BF16, torch 2.15. The share is of the 1,029 GFLOP/s
-that matrix products and convolutions reach there in bf16, counting the operations of the plain
-form: 126 GFLOP for an SRResNet update, 690 for an SRGAN update. No GPU has been measured.
+Measured on 2 cores of an AMD EPYC with AVX512-BF16, torch 2.15, shared with other work. An SRResNet
+update is 126 GFLOP in its plain form, an SRGAN update 690. No GPU has been measured.
 
-                                             plain        here   ratio (middle half)  share
-    SRResNet update, 16 patches of 96x96     1.42 / s   5.28 / s  3.68 (3.61 to 3.82)  63 %
-    SRGAN update with VGG54                  0.39 / s   1.01 / s  2.60 (2.59 to 2.60)  68 %
-    128x128 upscaled to 512x512              2.45 / s   9.35 / s  3.82 (3.74 to 3.89)  66 %
-    256x256 upscaled to 1024x1024            0.57 / s   2.59 / s  4.56 (4.39 to 4.69)  73 %
-    train.py, SRResNet / SRGAN-VGG54, whole               5.19 / 1.02 per second
+                                             plain        here   ratio (middle half)
+    SRResNet update, 16 patches of 96x96     1.17 / s   4.01 / s  3.58 (3.30 to 3.93)
+    SRGAN update with VGG54                  0.35 / s   0.82 / s  2.34 (2.26 to 2.42)
+    128x128 upscaled to 512x512              2.32 / s   8.93 / s  3.88 (3.79 to 4.00)
+    256x256 upscaled to 1024x1024            0.35 / s   2.31 / s  6.31 (6.00 to 6.70)
 
 Upscaling to 33 megapixels takes 1.4 GB; to 400, beside the result, 1.1 GB in bf16, 1.8 in fp32.
 
