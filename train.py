@@ -255,12 +255,12 @@ class State:
         self.networks = networks
         self.average = copy.deepcopy(networks["generator"])      # the moving average: the result
         self.average.eval().requires_grad_(False)
-        rates = values["lr"], values.get("discriminator_lr") or values["lr"]
-        self.base_rates = dict(zip(networks, rates))
+        self.base_rates = {"generator": values["lr"],
+                           "discriminator": values.get("discriminator_lr") or values["lr"]}
         betas = tuple(map(float, values["betas"]))
-        self.adam = {name: torch.optim.Adam(network.parameters(), torch.tensor(rate, device=device),
-                                            betas, fused=True, capturable=True)  # for a CUDA graph
-                     for rate, (name, network) in zip(rates, networks.items())}
+        self.adam = {name: torch.optim.Adam(
+            network.parameters(), torch.tensor(self.base_rates[name], device=device), betas,
+            fused=True, capturable=True) for name, network in networks.items()}  # for a CUDA graph
         self.sums = {name: torch.zeros((), device=device) for name in LOSSES}
         self.step, self.seconds, self.best, self.baselines = 0, 0.0, {}, {}
         self.ema_pair = srgan.float_state(self.average), srgan.float_state(networks["generator"])
