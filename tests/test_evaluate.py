@@ -9,6 +9,7 @@ import pytest
 from conftest import photo
 from PIL import Image
 
+import evaluate
 import srgan
 
 
@@ -135,6 +136,13 @@ def test_sr_images_and_sheets_that_compare_them_are_saved(run):
         assert np.array_equal(part[:64], saved[name]) and (part[64:] < 128).any()   # its label
 
 
+def test_models_of_like_names_do_not_share_a_folder():
+    models = ["bicubic", "a/b.pth", "x/a/b.v2.pth", "x/a/b.pth", "/a/b", "..", "comparison"]
+    folders = evaluate.image_folders("out", models)
+    assert len({str(path).lower() for path in folders.values()}) == len(folders) == 8
+    assert all(path.parent == Path("out") and path.name.strip(".") for path in folders.values())
+
+
 def test_what_a_user_can_cause_has_status_2(run):
     Path("empty").mkdir(), Path("broken").mkdir(), Path("broken/a.png").write_text("hello")
     Path("set/LR_bicubic_x4/i1.png").rename("broken.png")
@@ -145,6 +153,7 @@ def test_what_a_user_can_cause_has_status_2(run):
                  "set/HR --ckpt tiny.pth --scale 2", "set/HR --device gpu", "set/HR --sr nowhere",
                  "set/HR --ckpt val.pth --split val", "set/HR --sr empty", "set/HR --shave -1"):
         assert run("--data", *args.split())[0] == 2, args
+    assert "none could be measured" in run("--data", "broken")[2]
     for option in "--data --lr --ckpt --sr --json --csv --save-images --device".split():
         assert "an argument is empty" in run("--data", "set", option, "")[2]
 
