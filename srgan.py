@@ -460,15 +460,20 @@ def reduce_bicubic(hr, scale):
     return F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
 
 
+def blur(x, taps, sigma, stride=1):
+    """Gaussian blur of [..., C, H, W], only inside the image. taps: distances from its centre."""
+    weight = torch.softmax(-taps ** 2 / (2 * sigma ** 2), dim=0)  # exp(-d^2 / 2 sigma^2)
+    y = x.reshape(-1, 1, *x.shape[-2:])
+    y = F.conv2d(y, weight.view(1, 1, -1, 1), stride=(stride, 1))
+    y = F.conv2d(y, weight.view(1, 1, 1, -1), stride=(1, stride))
+    return y.view(*x.shape[:-2], *y.shape[-2:])
+
+
 def reduce_gaussian(hr, scale):
     """Sec. 2, which gives no sigma: Gaussian blur of sigma 0.4 scale, then every scale-th pixel."""
-    n, c, h, w = hr.shape
     margin = 5 * scale // 4                                      # the taps reach 3 to 4 sigma
     taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
-    taps = torch.softmax(-taps ** 2 / (2 * (0.4 * scale) ** 2), dim=0)  # exp(-d^2 / 2 sigma^2)
-    x = F.pad(hr.reshape(n * c, 1, h, w), [margin] * 4, mode="replicate")
-    x = F.conv2d(x, taps.view(1, 1, -1, 1), stride=(scale, 1))
-    return F.conv2d(x, taps.view(1, 1, 1, -1), stride=(1, scale)).view(n, c, h // scale, w // scale)
+    return blur(F.pad(hr, [margin] * 4, mode="replicate"), taps, 0.4 * scale, scale)
 
 
 KERNELS = {"bicubic": reduce_bicubic, "gaussian": reduce_gaussian}
@@ -825,19 +830,14 @@ def ssim(sr, hr, shave=4, luma=True):
     if min(x.shape[-2:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the border")
     taps = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
-    taps = torch.softmax(-taps ** 2 / (2 * 1.5 ** 2), dim=0)
-
-    def mean(z):                                                 # weighted by the window
-        z = F.conv2d(z.reshape(-1, 1, *z.shape[-2:]), taps.view(1, 1, -1, 1))
-        return F.conv2d(z, taps.view(1, 1, 1, -1))
-
+    mean = functools.partial(blur, taps=taps, sigma=1.5)         # weighted by the window
     mu_x, mu_y = mean(x), mean(y)
     var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
     covariance = mean(x * y) - mu_x * mu_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     value = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) \
         / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    value = value.view(*x.shape[:-2], -1).mean((-2, -1))
+    value = value.mean((-3, -2, -1))
     return value.item() if isinstance(sr, np.ndarray) else value
 
 

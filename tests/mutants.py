@@ -53,7 +53,7 @@ FAULTS = {  # "file, tests that should notice": [(code, fault), ...]
         ("zip(earlier[::2], earlier[1::2])", "zip(earlier[:2:2], earlier[1:2:2])")],
     "srgan.py, images": [
         ("lr = round_to_8_bits(lr)\n", ""),
-        ("(0.4 * scale) ** 2", "(0.5 * scale) ** 2"),
+        ("taps, 0.4 * scale", "taps, 0.5 * scale"),
         ("add(1).mul(127.5).round()", "add(1).mul(127.5)")],
     "srgan.py, patches": [
         ("patch = patch.flip(0) if symmetry & 2 else patch\n", ""),
@@ -65,7 +65,7 @@ FAULTS = {  # "file, tests that should notice": [(code, fault), ...]
     "srgan.py, metrics": [
         ("65.481 * r + 128.553 * g + 24.966 * b", "65.481 * b + 128.553 * g + 24.966 * r"),
         ("(0.03 * 255) ** 2", "(0.3 * 255) ** 2"),
-        ("(2 * 1.5 ** 2)", "(2 * 2.5 ** 2)"),
+        ("sigma=1.5", "sigma=2.5"),
         ("[None].to(device) * 2 - 1 for image in", "[None].to(device) for image in")],
     "srgan.py, evaluate": [("np.std(values)", "np.var(values)")],
     "srgan.py, upscaling": [
