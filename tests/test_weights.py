@@ -49,7 +49,7 @@ def test_weights_are_small_and_say_how_they_were_made(model):
 
 def test_srresnet_has_the_best_psnr_and_srgan_the_strongest_texture(results):
     psnr = {model: mean(results, model, srgan.psnr) for model in results}
-    assert psnr["bicubic"] - 1 < psnr["srgan"] < psnr["srresnet"] > psnr["bicubic"] + 1
+    assert psnr["bicubic"] - 0.5 < psnr["srgan"] < psnr["srresnet"] > psnr["bicubic"] + 1
     texture = {model: mean(results, model, lambda sr, hr: detail(sr).std() / detail(hr).std())
                for model in results}
     assert texture["bicubic"] < texture["srresnet"] < texture["srgan"]
