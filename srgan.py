@@ -461,7 +461,10 @@ def reduce_bicubic(hr, scale):
 
 
 def blur(x, taps, sigma, stride=1):
-    """Gaussian blur of [..., C, H, W], only inside the image. taps: distances from its centre."""
+    """Gaussian blur: [..., C, H, W] -> [..., C, H - k + 1, W - k + 1], every stride-th pixel.
+
+    taps: where the k weights of the kernel lie, in pixels from its centre.
+    """
     weight = torch.softmax(-taps ** 2 / (2 * sigma ** 2), dim=0)  # exp(-d^2 / 2 sigma^2)
     y = x.reshape(-1, 1, *x.shape[-2:])
     y = F.conv2d(y, weight.view(1, 1, -1, 1), stride=(stride, 1))
