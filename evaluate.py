@@ -111,11 +111,7 @@ def measure_all(pairs, models, folders, scale, kernel, **protocol):
                 save_images(folders, stem, images, hr, row)
             results[stem] = row
         except InputError as error:
-            srgan.say(f"{stem}: {error}")
-        except (MemoryError, RuntimeError) as error:
-            if not srgan.is_out_of_memory(error):
-                raise
-            srgan.say(f"{stem}: out of memory")
+            srgan.say(error if stem in str(error) else f"{stem}: {error}")
     return results
 
 
@@ -155,7 +151,7 @@ def write(args, document):
             csv.writer(file).writerows(rows)
     width = max(len(name) for name, *_ in table)
     for name, *row in table:
-        print(srgan.printable(f"{name:{width}}" + "".join(f"{text:>18}" for text in row)))
+        print(f"{name:{width}}" + "".join(f"{text:>18}" for text in row))
 
 
 def main():
@@ -186,13 +182,13 @@ def main():
         raise InputError(f"{data}: it has no images, or none could be measured")
     source = args.lr or ("LR images of the folder" if pairs[0][2] else f"{kernel} x1/{scale} of HR")
     protocol = {"channels": "RGB" if args.rgb else "Y", "shave": shave, "bits": 8, "lr": source}
-    print(srgan.printable(f"{data}: {len(results)} images, x{scale}, LR: {source}; PSNR and SSIM "
-                          f"on {protocol['channels']}, {shave} border pixels removed, 8 bits"))
+    print(f"{data}: {len(results)} images, x{scale}, LR: {source}; PSNR and SSIM on "
+          f"{protocol['channels']}, {shave} border pixels removed, 8 bits")
     report = {model: srgan.aggregate([row[model] for row in results.values()])
               | {"images": {stem: row[model] for stem, row in results.items()}} for model in models}
     write(args, {"data": args.data, "scale": scale, "protocol": protocol, "models": report})
     if outputs:
-        print(srgan.printable(f"wrote {', '.join(outputs)}"))
+        print(f"wrote {', '.join(outputs)}")
     return 1 if len(results) < len(pairs) else 0
 
 

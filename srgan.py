@@ -33,7 +33,6 @@ import sys
 import time
 import timeit
 import warnings
-import zipfile
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,12 +71,11 @@ class Generator(nn.Module):
     """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
     1,547,350 parameters at scale 4; `scale` is 2, 4 or 8. tanh: whether SR is kept in [-1, 1] by a
-    Tanh, which the paper does not mention and nearly every implementation has. init: "nearest"
-    starts G as nearest-neighbour upsampling (section 8), "torch" with torch's random weights.
+    Tanh, which the paper does not mention and nearly every implementation has.
     """
     block = "residual"                                            # its key in GENERATORS
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
         super().__init__()
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
                      "block": self.block}                         # saved with the weights
@@ -94,7 +92,6 @@ class Generator(nn.Module):
                 nn.Conv2d(n, 4 * n, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()])  # k3n256s1
         self.tail = nn.Conv2d(n, 3, 9, padding=4)                 # k9n3s1
         self.output = nn.Tanh() if tanh else nn.Identity()
-        INITS[init](self)
 
     def forward(self, lr):                                        # [N, 3, h, w] in [0, 1]
         x = self.head(lr)                                         # [N, 64, h, w]
@@ -301,9 +298,7 @@ SCALES = (2, 4, 8)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
             ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # EPS, for one, runs a program
-MAX_SIDE = 100_000                                               # pixels; decoders hold whole rows
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
-EXIF_DROPPED = {37500, 40962, 40963, 40965}                      # old sizes, and file offsets
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 MARGIN = 2                                # a patch's LR depends on HR up to 2 LR pixels outside it
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
@@ -313,14 +308,8 @@ class InputError(ValueError):
     """An error that the user can fix. Its text is one line: what is wrong and what to do."""
 
 
-def printable(text):
-    """Text with control characters, which file names may contain, escaped for a terminal."""
-    return str(text).translate({n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))})
-
-
 def say(text):
-    """Print a line to stderr."""
-    print(printable(text), file=sys.stderr)
+    print(text, file=sys.stderr)
 
 
 def one_line(error):
@@ -340,63 +329,34 @@ def find_images(path):
     return found
 
 
-def check_file(path):
-    """Raise InputError unless `path` is a regular file; reading a pipe would block."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file")
-
-
-def check_header(image):
-    """Raise InputError if an open image would be misread or take too much memory."""
-    if max(image.size) > MAX_SIDE:
-        raise InputError(f"{image.width}x{image.height}: more than {MAX_SIDE:,} pixels to a side")
-    if image.format == "TIFF":
-        tags = image.tag_v2
-        bits, formats = ({*np.atleast_1d(tags.get(tag, 1))} for tag in (258, 339))  # 1: unsigned
-        inverted = 16 in bits and tags.get(262) == 0             # Pillow would not see it
-        if not bits <= {1, 2, 4, 8, 16} or formats != {1} or inverted:
-            raise InputError("only unsigned 8-bit and 16-bit TIFF, black at 0, is read; convert it")
-        if tags.get(322, 1) * tags.get(323, 1) > 4 * image.width * image.height + 2 ** 20:
-            raise InputError("its tiles are far larger than the image")
-
-
-def to_8_bits(image, raw):
-    """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA".
-
-    raw: Pillow's name for the pixel format of the file, which `mode` does not always tell: 16-bit
-    grey with alpha has the mode "RGBA". Raises InputError if the pixels have no fixed range.
-    """
+def to_8_bits(image):
+    """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA". Raises InputError."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "F" or tags and (image.mode == "I" or tags.get(258) == (12,)):
+        raise InputError("only unsigned 8-bit and 16-bit images can be read; convert it")
+    if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
+        grey = (np.asarray(image, np.int32) + 128) // 257
+        return Image.fromarray(np.uint8(255 - grey if tags.get(262) == 0 else grey))
     if image.mode == "CMYK":
         with contextlib.suppress(Exception):                     # no profile, or a broken one
             from PIL import ImageCms
             return ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]),
                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
-    if image.mode == "F":
-        raise InputError("its pixels have no fixed range; convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
-        pixels = np.asarray(image, np.int32)
-        grey = Image.fromarray(np.uint8((pixels + 128) // 257))
-        if "transparency" in image.info:
-            grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
-        return grey
-    if raw == "RGB;16B" and "transparency" in image.info:        # Pillow keeps 8 of its 16 bits
-        image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
-    grey = image.mode in ("1", "L", "LA") or raw == "LA;16B"
-    return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return image.convert(mode + "A" * image.has_transparency_data)
 
 
 def info_to_keep(image):
     """The ICC profile, DPI and EXIF data (date, camera, position) that the result keeps."""
-    info, profile, dpi = {}, image.info.get("icc_profile"), image.info.get("dpi")
-    if isinstance(profile, bytes) and image.mode != "CMYK":      # CMYK has become sRGB
-        info["icc_profile"] = profile
-    if dpi and all(0 < dots < 1e5 for dots in dpi):
-        info["dpi"] = dpi
+    info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+    if image.mode == "CMYK":                                     # has become sRGB
+        info.pop("icc_profile", None)
     with contextlib.suppress(Exception):                         # broken EXIF raises anything
         exif, kept = image.getexif(), Image.Exif()
         for tag in EXIF_KEPT & {*exif}:
             kept[tag] = exif[tag] if tag < 0x8769 else {
-                key: value for key, value in exif.get_ifd(tag).items() if key not in EXIF_DROPPED}
+                key: value for key, value in exif.get_ifd(tag).items()
+                if key not in (37500, 40962, 40963, 40965)}      # old sizes, and file offsets
         if len(kept) and len(data := kept.tobytes()) < 65_000:   # JPEG's limit
             info["exif"] = data
     return info
@@ -409,19 +369,14 @@ def open_image(path):
     16 bits become 8, and an animation becomes its first frame. `info` comes from info_to_keep.
     Raises InputError if the image cannot be read.
     """
-    check_file(path)
     try:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
-            check_header(source)
-            raw = source.tile[0][3] if source.tile else ""
             source.load()                                        # also rotates TIFF
             with contextlib.suppress(Exception):                 # broken EXIF
                 ImageOps.exif_transpose(source, in_place=True)
-            image = to_8_bits(source, raw)
+            image = to_8_bits(source)
             image.info = info_to_keep(source)
             return image
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; "
                          "upscale.py accepts it with a higher --max-megapixels") from None
@@ -601,15 +556,17 @@ class Store:
         Path(cache).mkdir(parents=True, exist_ok=True)
         if mode == "never" or mode == "auto" and self.is_too_large(cache):
             return
-        key = hashlib.sha256(b"3")                               # version of the format
-        for path in self.paths:
-            stat, name = os.stat(path), os.path.abspath(path)
-            key.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
-        file = Path(cache, f"{key.hexdigest()[:20]}.pixels")
+        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
+        key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        file = Path(cache, hashlib.sha256(repr(key).encode()).hexdigest()[:20] + ".pixels")
         with FileLock(f"{file}.lock"):                           # another process may be writing it
-            if not self.open(file):
+            if not file.exists():
                 self.decode(file)
-                self.open(file)
+        mapped = np.memmap(file, np.uint8, "c")                  # private: torch wants it writable
+        pixels, size = np.split(mapped, [-16 * len(self.paths)])
+        self.size = np.array(size.view(np.int64).reshape(-1, 2))  # heights and widths
+        self.start = np.cumsum(self.size.prod(1)) - self.size.prod(1)
+        self.pixels = torch.from_numpy(pixels).view(-1, 3)
 
     def is_too_large(self, cache):
         """Whether the pixels would not fit, as estimated from the headers of up to 100 images."""
@@ -622,19 +579,6 @@ class Store:
                 "decoded each time they are needed")
             return True
 
-    def open(self, file):
-        """Map a complete store into memory; False if there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            mapped = np.memmap(file, np.uint8, "c")              # private: torch wants it writable
-            pixels, size = np.split(mapped, [-16 * len(self.paths)])
-            size = size.view(np.int64).reshape(len(self.paths), 2)  # heights and widths
-            area = size.prod(1)
-            if area.sum() == len(pixels) / 3:
-                self.size, self.start = np.array(size), np.cumsum(area) - area
-                self.pixels = torch.from_numpy(pixels).view(-1, 3)
-                return True
-        return False
-
     def decode(self, file):
         """Write to `file` the pixels of all images, one after another, and then their sizes."""
         def pixels(path):
@@ -645,8 +589,8 @@ class Store:
         sizes = []
         try:
             with replacing(file) as temporary, open(temporary, "wb") as output, \
-                    ThreadPoolExecutor() as pool, tqdm(desc="decoding once", unit="image",
-                                                       total=len(self.paths), disable=None) as bar:
+                    ThreadPoolExecutor() as pool, \
+                    tqdm(total=len(self.paths), desc="decoding once", disable=None) as bar:
                 for first in range(0, len(self.paths), 64):      # to bound the memory
                     for image in pool.map(pixels, self.paths[first:first + 64]):
                         output.write(image)
@@ -676,12 +620,11 @@ class Patches:
     """
 
     def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", augment="all",
-                 crop_margin=0.0, lr=None, device="cpu", seed=0, rank=0, threads=None):
+                 crop_margin=0.0, lr=None, device="cpu", seed=0, rank=0):
         self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
-        self.threads = threads or os.cpu_count()
-        self.window, self.named = None, set()
+        self.named = set()                                       # images left out while streaming
         self.resize(patch_size)
         for store in (hr, lr):
             if self.device.type == "cuda" and store and store.pixels is not None and \
@@ -690,9 +633,7 @@ class Patches:
 
     def resize(self, patch_size):
         """Draw patches of this size from now on."""
-        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # incl. LR's margin
-        if self.window == window:
-            return
+        self.window = patch_size + 2 * MARGIN * self.scale       # including LR's margin
         usable = np.ones(len(self.hr.paths), bool)
         if self.hr.size is not None:
             usable = (self.hr.size >= self.window).all(1)
@@ -746,11 +687,12 @@ class Patches:
 
     def stream(self, n, first, last):
         """The windows of updates first to last - 1, decoded a little ahead by threads."""
-        pool, ahead = ThreadPoolExecutor(self.threads), deque()
+        ahead, threads = deque(), os.cpu_count()
+        pool = ThreadPoolExecutor(threads)
         try:
             for step in range(first, last):
                 ahead.append(pool.submit(self.windows, step, n))
-                if len(ahead) > 2 * self.threads:
+                if len(ahead) > 2 * threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -879,12 +821,12 @@ METRICS = {
 
 def usable_metrics(with_lpips=True, device="cpu"):
     """Names of METRICS, LPIPS only if it is wanted and available; if it is not, a line says so."""
-    if with_lpips:
-        try:
+    try:
+        if with_lpips:
             load_lpips().to(device)
             return list(METRICS)
-        except InputError as error:
-            say(f"{error}; going on without it")
+    except InputError as error:
+        say(f"{error}; going on without it")
     return [name for name in METRICS if name != "lpips"]
 
 
@@ -911,17 +853,16 @@ def describe(metrics):
 
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
-    (h, w, _), lines = images[0].shape, "\n".join(labels).split("\n")
-    for size in range(24, 7, -1):                                # until the longest line fits
-        font = ImageFont.load_default(size)
-        if max(map(font.getlength, lines)) <= w:
-            break
+    h, w, _ = images[0].shape
+    longest = max("\n".join(labels).split("\n"), key=len)
+    size = next((n for n in range(24, 8, -1)
+                 if ImageFont.load_default(n).getlength(longest) <= w), 8)
     height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
     sheet = Image.new("RGB", (len(images) * (w + 4) - 4, height), "white")
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for i, (image, label) in enumerate(zip(images, labels)):
         sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
         ImageDraw.Draw(sheet).text((i * (w + 4) + w / 2, (h + height) / 2), label, fill="black",
-                                   font=font, anchor="mm", align="center")
+                                   font_size=size, anchor="mm", align="center")
     return sheet
 
 
@@ -947,25 +888,22 @@ def radii(generator):
     return before + enlarging, enlarging
 
 
-def split_rectangle(top, bottom, left, right, side):
-    """Divide a rectangle evenly into [(top, bottom, left, right)] of at most side x side."""
-    rows, columns = (np.linspace(a, b, math.ceil((b - a) / side) + 1).astype(int)
-                     for a, b in ((top, bottom), (left, right)))
-    return [(t, b, l, r) for t, b in zip(rows, rows[1:]) for l, r in zip(columns, columns[1:])]
+def spans(length, side, overlap):
+    """Divide a length evenly: [(start, end, start and end with the overlap)], at most `side` each.
+    """
+    ends = np.linspace(0, length, math.ceil(length / side) + 1).astype(int).tolist()
+    return [(a, b, max(a - overlap, 0), min(b + overlap, length)) for a, b in zip(ends, ends[1:])]
 
 
-def super_resolve(generator, lr, progress):
-    """G(LR), enlarged in parts of PART x PART. progress is called with the share of each part."""
-    x = features(generator, lr)
-    (n, _, h, w), s, radius = x.shape, generator.arch["scale"], radii(generator)[1]
-    sr = torch.empty(n, 3, h * s, w * s, device=x.device)
-    for t, b, l, r in split_rectangle(0, h, 0, w, PART):
-        t0, l0 = max(t - radius, 0), max(l - radius, 0)
-        part = enlarge(generator, x[:, :, t0:b + radius, l0:r + radius])
-        sr[:, :, t * s:b * s, l * s:r * s] = \
-            part[:, :, (t - t0) * s:(b - t0) * s, (l - l0) * s:(r - l0) * s]
-        progress((b - t) * (r - l) / (h * w))
-    return sr
+def fill_in_tiles(result, function, x, side, overlap):
+    """result = function(x), tile by tile: [..., h, w] -> [..., scale h, scale w]."""
+    s = result.shape[-1] // x.shape[-1]
+    for top, bottom, t, b in spans(x.shape[-2], side, overlap):
+        for left, right, l, r in spans(x.shape[-1], side, overlap):
+            tile = function(x[..., t:b, l:r])
+            result[..., top * s:bottom * s, left * s:right * s] = \
+                tile[..., (top - t) * s:(bottom - t) * s, (left - l) * s:(right - l) * s]
+    return result
 
 
 def self_ensemble(function, lr):
@@ -984,50 +922,51 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     """Super-resolve an image: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
 
     tile: side of the tiles, in LR pixels; 0 for one tile. It bounds the memory and does not change
-    the result; if memory still runs out, tiles are halved, down to 16. ensemble: average over the
-    eight flips and rotations. precision: "fp32" or "bf16". progress: show a progress bar.
-    Raises TypeError for anything but uint8 [h, w, 3].
+    the result. ensemble: average over the eight flips and rotations. precision: "fp32" or "bf16".
+    progress: show a progress bar. Raises TypeError for anything but uint8 [h, w, 3], and
+    MemoryError if there is not enough memory.
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
-    (h, w, _), scale, radius = image.shape, generator.arch["scale"], radii(generator)[0]
-    device = next(generator.parameters()).device
+    (h, w, _), scale, (radius, part_radius) = image.shape, generator.arch["scale"], radii(generator)
+    device, bf16 = next(generator.parameters()).device, precision == "bf16"
     tile = min(TILE * 4 // max(4, scale) if tile is None else tile or max(h, w), max(h, w))
-    result = np.empty((h * scale, w * scale, 3), np.uint8)
+    rows, columns = (sum(len(spans(end - start, PART, 0))        # of parts, in all tiles
+                         for *_, start, end in spans(side, tile, radius)) for side in (h, w))
 
-    def compute(t, b, l, r):
-        pixels = (b - t) * (r - l) / (8 if ensemble else 1)
-        function = functools.partial(super_resolve, generator,
-                                     progress=lambda share: bar.update(share * pixels))
-        t0, l0 = max(t - radius, 0), max(l - radius, 0)
-        lr = to_tensor(image[t0:b + radius, l0:r + radius].copy())[None]  # [1, 3, h, w]
-        lr = lr.to(device, memory_format=torch.channels_last)
-        bf16 = precision == "bf16"
+    def enlarge_part(x):
+        bar.update()
+        return enlarge(generator, x)
+
+    def super_resolve(lr):                                       # [1, 3, h, w] of one tile
+        n, c, h, w = lr.shape
+        sr = torch.empty(n, c, scale * h, scale * w, device=device)
+        return fill_in_tiles(sr, enlarge_part, features(generator, lr), PART, part_radius)
+
+    def compute(pixels):                                         # uint8 [3, h, w] of one tile
+        lr = (pixels[None].to(device).float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), \
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=bf16):
-            sr = self_ensemble(function, lr) if ensemble else function(lr)
-        sr = sr[0, :, (t - t0) * scale:(b - t0) * scale, (l - l0) * scale:(r - l0) * scale]
-        result[t * scale:b * scale, l * scale:r * scale] = to_pixels(sr).cpu().numpy()
+            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
+        return to_pixels(sr)[0].movedim(-1, 0)
 
-    tiles = deque(split_rectangle(0, h, 0, w, tile))
-    with tqdm(total=h * w, unit="px", unit_scale=True, leave=False, disable=not progress) as bar:
-        while tiles:
-            t, b, l, r = tiles.popleft()
-            try:
-                compute(t, b, l, r)
-            except (RuntimeError, MemoryError) as error:
-                side = max(b - t, r - l) // 2
-                if not is_out_of_memory(error) or side < 16:
-                    raise
-                tiles.extendleft(split_rectangle(t, b, l, r, side))
-    return result
+    lr = torch.from_numpy(image.copy()).movedim(-1, 0)           # [3, h, w]
+    result = torch.empty(h * scale, w * scale, 3, dtype=torch.uint8)
+    with tqdm(total=rows * columns * (8 if ensemble else 1), unit="part", leave=False,
+              disable=not progress) as bar:
+        try:
+            fill_in_tiles(result.movedim(-1, 0), compute, lr, tile, radius)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError("out of memory; use smaller tiles") from None
+    return result.numpy()
 
 
 def is_out_of_memory(error):
     """Whether an error of torch, CUDA, cuDNN, cuBLAS or oneDNN means that memory ran out."""
-    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
-             "create a memory object")
+    words = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
@@ -1061,8 +1000,7 @@ def replacing(path):
     if path.exists() and not path.is_file():
         yield path                                               # /dev/stdout
         return
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:60]}~{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1088,65 +1026,21 @@ def save_checkpoint(path, generator, **more):
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
-def copy_zip(file):
-    """Rewrite a zip file with one directory: torch could read another than zipfile checks here.
+def load_checkpoint(path):
+    """Read a dictionary that torch.save wrote, onto the CPU. Nothing in it is executed.
 
-    Raises ValueError if its contents take more memory than the file itself.
+    Raises InputError if the file is anything else.
     """
-    copied = io.BytesIO()
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as new:
-        entries = archive.infolist()
-        if any(entry.compress_type for entry in entries) or \
-                sum(entry.file_size for entry in entries) > file.getbuffer().nbytes:
-            raise ValueError("compressed, or entries that overlap")
-        for entry in entries:
-            new.writestr(entry.filename, archive.read(entry))
-    copied.seek(0)
-    return copied
-
-
-def load_checkpoint(path, device="cpu"):
-    """Read a dictionary that torch.save wrote. Nothing in it is executed, and reading it takes at
-    most three times its size in memory. Raises InputError if the file is anything else."""
-    check_file(path)
     try:
-        source = io.BytesIO(Path(path).read_bytes())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # about unusual files
-            if source.getvalue().startswith(b"PK\3\4"):          # as torch detects zip
-                source = copy_zip(source)
-            if b"bytearray" in source.getvalue():                # torch would allocate any size
-                raise ValueError
-            state = torch.load(source, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except Exception as error:                                   # torch.load raises anything
-        raise InputError(f"{path}: no checkpoint of plain tensors "
+        raise InputError(f"{path}: not a checkpoint of plain tensors "
                          f"({type(error).__name__})") from None
     if not isinstance(state, dict):
-        raise InputError(f"{path}: no checkpoint but a {type(state).__name__}")
+        raise InputError(f"{path}: not a checkpoint but a {type(state).__name__}")
     return state
-
-
-def check_like(saved, fresh, name):
-    """Raise InputError unless `saved` has the keys, types, shapes and dtypes of `fresh`.
-
-    All numbers have to be finite, too. Everything that is loaded passes through here, because a
-    tensor of the wrong size can crash the process.
-    """
-    if isinstance(fresh, dict):
-        keys = {*fresh} ^ {*saved} if isinstance(saved, dict) else {name}
-        if keys:
-            raise InputError(f"{name}: {one_line(min(map(str, keys)))} is missing or unexpected")
-        for key in fresh:
-            check_like(saved[key], fresh[key], f"{name}.{key}")
-    elif isinstance(fresh, torch.Tensor):
-        if not isinstance(saved, torch.Tensor) or saved.shape != fresh.shape or saved.is_meta or \
-                saved.layout != torch.strided or saved.dtype not in (fresh.dtype, torch.float16) \
-                or saved.untyped_storage().nbytes() < saved.nbytes:
-            raise InputError(f"{name} is no tensor of {fresh.dtype} {tuple(fresh.shape)}")
-        if not saved.isfinite().all():
-            raise InputError(f"{name} is not finite: training diverged; use an earlier file")
-    elif type(saved) is not type(fresh) or isinstance(saved, float) and not math.isfinite(saved):
-        raise InputError(f"{name} must be of type {type(fresh).__name__}")
 
 
 def make_generator(block="residual", **arch):
@@ -1157,23 +1051,14 @@ def make_generator(block="residual", **arch):
 def load_generator(path, device="cpu"):
     """The generator of a checkpoint of train.py: float32, in eval mode. Raises InputError."""
     state = load_checkpoint(path)
-    arch, weights = state.get("arch"), state.get("generator")
-    if not isinstance(arch, dict) or not isinstance(weights, dict):
-        raise InputError(f"{path}: no checkpoint of train.py (it has no generator and arch)")
-    arch = {"block": "residual", "tanh": True} | arch            # missing in old files
     try:
-        check_like(arch, {"scale": 4, "channels": 64, "n_blocks": 16, "block": "", "tanh": True},
-                   "arch")
-        if arch["scale"] not in SCALES or arch["block"] not in GENERATORS or \
-                not (0 <= arch["n_blocks"] <= len(weights) and 3 <= arch["channels"] <= 2 ** 16):
-            raise InputError(f"no generator can be {one_line(arch)}")
         with torch.device("meta"):                               # takes no memory
-            check_like(weights, make_generator(**arch).state_dict(), "generator")
-    except InputError as error:
-        raise InputError(f"{path}: not a generator of this version ({error})") from None
-    generator = make_generator(**arch)
-    generator.load_state_dict(weights)
-    return generator.to(device, memory_format=torch.channels_last).eval()
+            generator = make_generator(**state["arch"])
+        generator.load_state_dict(state["generator"], assign=True)
+    except Exception as error:                                   # a file may hold anything
+        raise InputError(f"{path}: no generator of train.py "
+                         f"({type(error).__name__}: {one_line(error)})") from None
+    return generator.float().to(device, memory_format=torch.channels_last).eval()
 
 
 def load_features(network, weights, url):
@@ -1183,24 +1068,21 @@ def load_features(network, weights, url):
         for p in network.parameters():
             nn.init.kaiming_normal_(p, generator=rng) if p.dim() > 1 else nn.init.zeros_(p)
         return network
-    if weights == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
-                                                       check_hash=True)
-        except Exception as error:                               # offline, cut off, wrong hash
-            raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
-                             "and pass --feature-weights FILE, or --feature-weights random to "
-                             "try things out") from None
-    else:
-        state = load_checkpoint(weights)
-    state = {str(key).removeprefix("features."): value for key, value in state.items()}
-    needed = network.state_dict()
-    found = {key: state.get(key) for key in needed}
     try:
-        check_like(found, needed, "features")
-    except InputError as error:
-        raise InputError(f"{weights}: no weights of this network ({error})") from None
-    network.load_state_dict(found)
+        state = load_checkpoint(weights) if weights != "imagenet" else \
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                               check_hash=True)
+    except InputError:
+        raise
+    except Exception as error:                                   # offline, cut off, wrong hash
+        raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere and "
+                         "pass --feature-weights FILE, or --feature-weights random to try things "
+                         "out") from None
+    state = {str(key).removeprefix("features."): value for key, value in state.items()}
+    try:
+        network.load_state_dict({key: state[key] for key in network.state_dict()})
+    except (KeyError, RuntimeError) as error:                    # missing, or of another shape
+        raise InputError(f"{weights}: no weights of this network ({one_line(error)})") from None
     return network
 
 
@@ -1210,10 +1092,8 @@ def run(main):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                           # closed, for example by cron
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")            # odd file names
     try:
         status = main()
     except (InputError, OSError) as error:
@@ -1264,12 +1144,11 @@ class RRDBGenerator(Generator):
     """G with RRDBs. The default arguments are those of the paper, not ESRGAN's 23 blocks."""
     block = "rrdb"
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True, init="nearest"):
-        super().__init__(scale, channels, 0, tanh, "torch")
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+        super().__init__(scale, channels, 0, tanh)
         self.arch["n_blocks"] = n_blocks
         self.blocks = nn.Sequential(*[RRDB(channels) for _ in range(n_blocks)])
         self.fuse = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
-        INITS[init](self)
 
 
 @torch.no_grad()
@@ -1539,8 +1418,7 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()                       # fails on "meta"
-        return torch.device(name)
+        return torch.zeros(1, device=name).device
     except Exception:                                            # torch raises various types
         raise InputError(f"device {name!r} cannot be used here; use auto or cpu, or, on a machine "
                          "that has it, cuda, cuda:1 or mps") from None
@@ -1562,36 +1440,3 @@ def pick_precision(device, name="auto"):
         return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
     except RuntimeError:                                         # no bf16
         return "fp32"
-
-
-class Graphed:
-    """Replay a function of tensors, which returns {name: tensor}, as one CUDA graph: one launch.
-
-    The first calls run eagerly, which capturing needs; later ones replay the graph on copies of
-    their inputs. New shapes are captured again. Whatever else the function uses must stay in place.
-    """
-    warmup = 3
-
-    def __init__(self, function, device):
-        self.function, self.calls, self.shapes = function, 0, None
-        self.stream = torch.cuda.Stream(device)
-
-    def __call__(self, *tensors):
-        if (shapes := [tensor.shape for tensor in tensors]) != self.shapes:
-            self.shapes, self.calls = shapes, 0
-        self.calls += 1
-        if self.calls <= self.warmup:                            # on a separate stream
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.function(*tensors)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.calls == self.warmup + 1:
-            self.inputs = [tensor.clone() for tensor in tensors]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.result = self.function(*self.inputs)
-        for mine, given in zip(self.inputs, tensors):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.result

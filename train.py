@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import evaluate
 import srgan
 from srgan import InputError
 
@@ -62,12 +63,8 @@ def ints(values, low=1, high=1e9):
     return all(type(n) is int and low <= n <= high for n in values)
 
 
-def ascending(values):
-    return ints(values) and values == sorted({*values})
-
-
-PHI = {f"{name}:{i}" for name, network in srgan.CONTENT_NETWORKS.items() for i in network.layers}
-WEIGHT, YES_NO = between(0, 1e6), (lambda value: value in (True, False), "true or false")
+PHI = [f"{name}:{i}" for name, network in srgan.CONTENT_NETWORKS.items() for i in network.layers]
+WEIGHT, COUNT, YES_NO = between(0, 1e6), between(0, 1e9), (lambda value: True, "true or false")
 SETTINGS = {  # full name of a setting, or its last part: ((check, allowed values), meaning)
     "scale": (one_of(*srgan.SCALES), "how many times larger SR is than LR"),
     "channels": (between(3, 1024), "feature maps of the generator"),
@@ -75,7 +72,7 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "block": (one_of(*srgan.GENERATORS), "kind of residual block"),
     "tanh": (YES_NO, "Tanh after the generator's last convolution"),
     "init": (one_of(*srgan.INITS), "G starts as nearest-neighbour upsampling, or at random"),
-    "discriminator.channels": ((lambda v: 0 < len(v) < 17 and ints(v, 1, 4096), "1 to 16 numbers"),
+    "discriminator.channels": ((lambda v: v and ints(v, 1, 4096), "feature maps"),
                                "feature maps of each convolution of the discriminator"),
     "first_kernel": (one_of(1, 3, 5, 7, 9, 11), "kernel size of D's first convolution"),
     "norm": (one_of(*srgan.NORMS), "the discriminator's normalisation"),
@@ -92,7 +89,7 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "store": (one_of("auto", "always", "never"), "whether decoded images are stored on disk"),
     "split": ((lambda v: len(v) == 3 and ints(v, 0) and sum(v) == 100 and v[0] * v[1] > 0,
                "percentages, in total 100"), "training, validation and test, if there is no --val"),
-    "validate_on": (between(0, 1e9), "limits validation; the rest is trained on; 0: no limit"),
+    "validate_on": (COUNT, "limits validation; the rest is trained on; 0: no limit"),
     "steps_per_epoch": (between(1, 1e9), "updates per epoch"),
     "epochs": (between(1, 1e9), "epochs of the stage"),
     "lr": (between(1e-12, 10), "learning rate"),
@@ -100,10 +97,10 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "betas": ((lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
                "two numbers from 0 to below 1"), "Adam's beta1 and beta2"),
     "schedule": (one_of("constant", "step", "cosine"), "how the learning rate changes"),
-    "milestones": ((ascending, "ascending epochs"), "step: divide the rate by 10 after each"),
-    "warmup": (between(0, 1e9), "updates during which the rate rises from 0"),
-    "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g[1:], 32, 4096) for g in v)
-              and ascending([g[0] for g in v]), "[[epoch, size], ...]"), "larger patches later"),
+    "milestones": ((ints, "epochs"), "step: divide the rate by 10 after each"),
+    "warmup": (COUNT, "updates during which the rate rises from 0"),
+    "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g) and g[1] > 31 for g in v)
+              and v == sorted(v), "[[epoch, size], ...]"), "larger patches from these epochs on"),
     "pixel_loss": (one_of(*srgan.PIXEL_LOSSES), "the MSE of Eq. 4, or L1"),
     **{f"{name}_weight": (WEIGHT, f"weight of the {name} loss") for name in srgan.CONTENT_LOSSES},
     "adversarial_loss": (one_of(*srgan.ADVERSARIAL_LOSSES), "bce (Eq. 2 and 6), or a later one"),
@@ -114,10 +111,10 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "freeze_batch_norm": (YES_NO, "keep stage 1's batch-norm statistics in G"),
     "ema": (between(0, 0.999999), "decay of the moving average of G, which is the result; 0: none"),
     "validate_every": (between(1, 1e9), "epochs from one validation to the next"),
-    "checkpoint_every": (between(0, 1e9), "epochs between two checkpoint_epoch_XXXX.pth; 0: none"),
+    "checkpoint_every": (COUNT, "epochs between two checkpoint_epoch_XXXX.pth; 0: none"),
     "lpips": (YES_NO, "also measure LPIPS, which downloads AlexNet"),
     "precision": (one_of("auto", "bf16", "fp32"), "auto: whichever is faster on this machine"),
-    "compile": (one_of("auto", "yes", "no"), "torch.compile and CUDA graphs; auto: on CUDA"),
+    "compile": (one_of("auto", "yes", "no"), "torch.compile; auto: on CUDA"),
     "seed": (between(0, 2 ** 62), "random seed of the initialisation and the patches"),
 }
 RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}  # of older versions
@@ -128,21 +125,20 @@ def change(config, changes, prefix=""):
     if not isinstance(changes, dict):
         raise InputError(f"{prefix[:-1] or 'the configuration'} must be a group of settings")
     for key, value in changes.items():
-        name = prefix + str(key)[:80]
+        name = prefix + key
         if key in RETIRED:
             srgan.say(f"{name} is no longer a setting; ignored")
         elif key not in config:
-            known = [*settings(config, prefix)]
+            known = settings(config, prefix)
             near = [other for other in known if other.split(".")[-1] == key]
-            near = near or get_close_matches(name, known, 1)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(f"unknown setting {name}{hint}")
+            near = " or ".join(near or get_close_matches(name, known, 1))
+            raise InputError(f"unknown setting {name}" + f"; did you mean {near}?" * bool(near))
         elif isinstance(config[key], dict):
             change(config[key], value, name + ".")
         else:
             (check, allowed), _ = SETTINGS.get(name) or SETTINGS[key]
             kind = type(config[key])
-            if kind is float and type(value) is int and abs(value) < 2 ** 63:
+            if kind is float and type(value) is int:
                 value = float(value)
             if type(value) is not kind or not check(value):      # NaN passes no check
                 raise InputError(f"{name} must be {allowed}, not {reprlib.repr(value)}")
@@ -161,40 +157,45 @@ def settings(config, prefix=""):
 def read_json(path):
     """The content of a JSON file. Raises InputError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({srgan.one_line(error)})") from None
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
 def resolve_config(args, saved=None):
     """config.json's base or a resumed run's settings, changed by preset, --config and --set."""
     file, stage = read_json(ROOT / "config.json"), args.stage
-    config = file["base"]
-    change(config, saved or {})
-    file["presets"][args.preset].pop("about")
-    change(config, file["presets"][args.preset])
-    if args.config:
-        change(config, read_json(args.config))
+    config, preset = file["base"], file["presets"][args.preset]
+    preset.pop("about")
+    for changes in (saved or {}, preset, read_json(args.config) if args.config else {}):
+        change(config, changes)
     for item in args.set:
-        name, equals, text = item.partition("=")
+        name, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"--set {item[:80]}: write key=value")
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text                                         # a word needs no quotes
+            raise InputError(f"--set {item}: write key=value")
+        with contextlib.suppress(ValueError):                    # a word needs no quotes
+            value = json.loads(value)
         for part in reversed(name.replace("STAGE", stage).split(".")):
             value = {part: value}
         change(config, value)
     grow = config[stage]["grow"]
-    for size in (config["patch_size"], *(size for _, size in grow)):
-        if size % config["scale"]:
-            raise InputError(f"patch_size {size} is not a multiple of scale {config['scale']}")
+    if any(size % config["scale"] for size in (config["patch_size"], *(size for _, size in grow))):
+        raise InputError(f"patch_size must be a multiple of scale, {config['scale']}")
     if stage == "gan" and grow and not config["discriminator"]["pool"]:
         raise InputError("gan.grow needs discriminator.pool: D without it fits one patch size only")
     if not any(config[stage][f"{name}_weight"] for name in srgan.CONTENT_LOSSES if name != "tv"):
         raise InputError(f"{stage}: the weights of all losses that compare SR with HR are 0")
     return config
+
+
+def list_settings():
+    """A text: the presets, then each setting's default, meaning and allowed values."""
+    file = read_json(ROOT / "config.json")
+    lines = [f"--preset {name:20s} {preset['about']}" for name, preset in file["presets"].items()]
+    for name, default in settings(file["base"]).items():
+        (_, allowed), meaning = SETTINGS.get(name) or SETTINGS[name.split(".")[-1]]
+        lines.append(f"{name:28s} {json.dumps(default):30s} {meaning}  [{allowed}]")
+    return "\n".join(lines)
 
 
 def parse_args(argv=None):
@@ -205,7 +206,7 @@ def parse_args(argv=None):
     add("--lr-data", metavar="DIR", help="LR images of --data (default: made from HR)")
     add("--val", metavar="DIR", help="HR images to validate on (default: a part of --data)")
     add("--stage", choices=("srresnet", "gan"), required=True)
-    add("--list-settings", "--list-presets", action="version", version=list_settings(),
+    add("--list-settings", action="version", version=list_settings(),
         help="print all presets and settings, and exit")
     add("--preset", default="paper", choices=read_json(ROOT / "config.json")["presets"],
         metavar="NAME", help="one of config.json's presets")
@@ -229,21 +230,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lr_data and len(args.data) > 1:
         parser.error("--lr-data needs exactly one --data folder")
-    if "" in [*vars(args).values(), *args.data, *args.set]:
-        parser.error("an argument is empty")
     if args.wandb and not find_spec("wandb"):
         parser.error("--wandb needs a package that is not installed: pip install wandb")
     return args
-
-
-def list_settings():
-    """A text: the presets, then each setting's default, meaning and allowed values."""
-    file = read_json(ROOT / "config.json")
-    lines = [f"--preset {name:20s} {preset['about']}" for name, preset in file["presets"].items()]
-    for name, default in settings(file["base"]).items():
-        (_, allowed), meaning = SETTINGS.get(name) or SETTINGS[name.split(".")[-1]]
-        lines.append(f"{name:28s} {json.dumps(default):30s} {meaning}  [{allowed}]")
-    return "\n".join(lines)
 
 
 # The state of a training, and its run folder.
@@ -257,17 +246,16 @@ class State:
         self.average.eval().requires_grad_(False)
         self.base_rates = {"generator": values["lr"],
                            "discriminator": values.get("discriminator_lr") or values["lr"]}
-        betas = tuple(map(float, values["betas"]))
-        self.adam = {name: torch.optim.Adam(
-            network.parameters(), torch.tensor(self.base_rates[name], device=device), betas,
-            fused=True, capturable=True) for name, network in networks.items()}  # for a CUDA graph
+        self.adam = {name: torch.optim.Adam(network.parameters(), self.base_rates[name],
+                                            tuple(map(float, values["betas"])), fused=True)
+                     for name, network in networks.items()}
         self.sums = {name: torch.zeros((), device=device) for name in LOSSES}
         self.step, self.seconds, self.best, self.baselines = 0, 0.0, {}, {}
         self.ema_pair = srgan.float_state(self.average), srgan.float_state(networks["generator"])
 
     def set_rates(self, factor):
         for name, adam in self.adam.items():
-            adam.param_groups[0]["lr"].fill_(self.base_rates[name] * factor)
+            adam.param_groups[0]["lr"] = self.base_rates[name] * factor
 
     def record(self, losses, decay):
         """After an update: add its losses, count it, average G (at first over few updates)."""
@@ -295,38 +283,22 @@ class State:
                 **{name: network.state_dict() for name, network in self.networks.items()},
                 **{f"{name}_adam": adam.state_dict()["state"] for name, adam in self.adam.items()}}
 
-    @torch.no_grad()
     def resume(self, saved):
         """Restore the state of a checkpoint. Raises InputError if it does not fit."""
         try:
-            expected = {"training": self.training(), "generator": self.average.state_dict(),
-                        "step": 0, "seconds": 0.0}
             training = saved["training"]
-            for name, network in self.networks.items():
-                if f"{name}_optimizer" in training:              # saved by an older version
-                    old = training.pop(f"{name}_optimizer")
-                    training |= {f"{name}_adam": old["state"], "sums": {}}
-                if saved["step"]:
-                    expected["training"][f"{name}_adam"] = {
-                        i: {"step": self.sums["loss"], "exp_avg": p, "exp_avg_sq": p}
-                        for i, p in enumerate(network.parameters())}
-            training["sums"] = self.sums | training["sums"]      # losses added since are 0
-            srgan.check_like({key: saved[key] for key in expected}, expected, "checkpoint")
-            self.step, self.seconds = saved["step"], saved["seconds"]
-            self.best = {name: {"mean": float(best["mean"]), "std": float(best["std"]),
-                                "epoch": int(best["epoch"])} for name, best in saved["best"].items()
-                         if name in srgan.METRICS and not math.isnan(best["mean"])}
             self.average.load_state_dict(saved["generator"])
             for name, network in self.networks.items():
                 network.load_state_dict(training[name])
-                adam = f"{name}_adam"
-                for p, (i, like) in zip(network.parameters(), expected["training"][adam].items()):
-                    self.adam[name].state[p] = {                 # in the memory layout of p
-                        key: torch.empty_like(tensor).copy_(training[adam][i][key])
-                        for key, tensor in like.items()}
-            for name, total in self.sums.items():
-                total.copy_(training["sums"][name])
-        except Exception as error:                               # a hostile file raises any type
+                adam = self.adam[name]
+                if f"{name}_optimizer" in training:              # saved by an older version
+                    training |= {f"{name}_adam": training[f"{name}_optimizer"]["state"], "sums": {}}
+                adam.load_state_dict(adam.state_dict() | {"state": training[f"{name}_adam"]})
+            for name, total in training["sums"].items():
+                self.sums[name].copy_(total)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.best = {name: saved["best"][name] for name in saved["best"].keys() & srgan.METRICS}
+        except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the checkpoint cannot be resumed: {srgan.one_line(error)}") from None
 
 
@@ -340,25 +312,50 @@ class RunFolder:
                       "lr_data": args.lr_data or "", "val": args.val or "",
                       "device": str(device), "torch": torch.__version__}
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(path / "metrics.csv", state.step)  # later epochs are repeated
         srgan.write_json(path / "config.json", config)
+        self.rows = []
+        if (path / "metrics.csv").exists():                      # later epochs are repeated
+            with open(path / "metrics.csv", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file)
+                             if int(row["update"]) <= state.step]
         if not find_spec("matplotlib"):
             srgan.say("matplotlib is not installed; going on without curves.png")
         self.tracker = None
         if args.wandb:
             import wandb
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=config)
-        self.measure_baselines(start, saved)
-
-    def measure_baselines(self, start, saved):
-        """Measure bicubic upscaling and the generator that the stage started from."""
-        baselines = self.state.baselines
-        baselines["bicubic"] = validate(None, self.pairs, self.config, self.metrics)
+        state.baselines = {"bicubic": self.validate("bicubic")}
         if start:
-            baselines["start"] = validate(start, self.pairs, self.config, self.metrics)
-        with contextlib.suppress(InputError, KeyError, TypeError):  # only a resumed run has it
-            srgan.check_like(saved["baselines"]["start"], baselines["bicubic"], "start")
-            baselines["start"] = saved["baselines"]["start"]
+            state.baselines["start"] = self.validate("start", start)
+        elif saved and "start" in saved.get("baselines", {}):
+            state.baselines["start"] = saved["baselines"]["start"]
+
+    def validate(self, name, generator=None):
+        """Mean and standard deviation of the metrics, as evaluate.py measures them.
+
+        name: "bicubic", or any name for a generator. An image that cannot be measured is left out
+        from now on, with a message. Raises InputError if no image is left.
+        """
+        scale = self.config["scale"]
+        models = evaluate.make_models({name: generator} if generator else {}, [], [], scale)
+        results = evaluate.measure_all(self.pairs, {name: models[name]}, {}, scale,
+                                       self.config["kernel"], names=self.metrics, shave=scale)
+        self.pairs = [pair for pair in self.pairs if pair[0] in results]
+        if not results:
+            raise InputError("no image is left to validate on")
+        return srgan.aggregate([scores[name] for scores in results.values()])
+
+    def save_sample(self, path):
+        """Save the centre of the first validation image: bicubic, SR and HR, side by side."""
+        _, *paths = self.pairs[0]
+        scale = self.config["scale"]
+        lr, hr = srgan.open_pair(*paths, scale, self.config["kernel"])
+        top, left = (max(0, side - 100) // 2 for side in lr.shape[:2])
+        lr = lr[top:top + 100, left:left + 100]
+        hr = hr[top * scale:, left * scale:][:len(lr) * scale, :lr.shape[1] * scale]
+        views = srgan.upsample(lr, scale), srgan.upscale(self.state.average, lr), hr
+        with srgan.replacing(path) as temporary:
+            srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
 
     def save(self, name="latest"):
         """Write a checkpoint of the moving average; only "latest" can be resumed."""
@@ -373,16 +370,16 @@ class RunFolder:
         """Validate, log and save."""
         epoch, every, best = row["epoch"], self.config["checkpoint_every"], self.state.best
         if last or epoch % self.config["validate_every"] == 0:
-            metrics = validate(self.state.average, self.pairs, self.config, self.metrics,
-                               self.path / f"samples/epoch_{epoch:04d}.png")
-            bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(metrics)}  "
+            scores = self.validate("SR", self.state.average)
+            self.save_sample(self.path / f"samples/epoch_{epoch:04d}.png")
+            bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(scores)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
             for name in self.metrics:
-                mean = metrics[name]["mean"]
+                mean = scores[name]["mean"]
                 sign = 1 if srgan.METRICS[name].higher_is_better else -1
-                row |= {name: mean, f"{name}_std": metrics[name]["std"]}
+                row |= {name: mean, f"{name}_std": scores[name]["std"]}
                 if name not in best or sign * mean > sign * best[name]["mean"]:
-                    best[name] = {**metrics[name], "epoch": epoch}
+                    best[name] = {**scores[name], "epoch": epoch}
                     self.save(f"best_{name}")
         self.log(row)
         if every and epoch % every == 0:
@@ -417,39 +414,26 @@ class RunFolder:
             self.tracker.finish()
 
 
-def read_rows(path, last):
-    """The rows of a metrics.csv up to update `last`, if it exists. Raises InputError."""
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["update"]) <= last]
-        [float(value) for row in rows for value in row.values() if value]
-        return rows
-    except FileNotFoundError:
-        return []
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: train.py did not write this ({srgan.one_line(error)}); move it "
-                         "away to start a new one") from None
-
-
 def draw_curves(rows, baselines, path):
     """Draw losses and metrics over the updates, the baselines as horizontal lines."""
     from matplotlib.figure import Figure
     panels = {"what G minimises": ("loss", *srgan.CONTENT_LOSSES),
               "the game": ("adversarial", "discriminator"), "D's mean logits": ("d_real", "d_fake"),
               **{metric.title: (name,) for name, metric in srgan.METRICS.items()}}
-    panels = {title: names for title, names in panels.items()
-              if any(float(row.get(name) or 0) for row in rows for name in names)}
+    curves = {name: [(int(row["update"]), float(row[name])) for row in rows if row.get(name)]
+              for names in panels.values() for name in names}
+    panels = {title: drawn for title, names in panels.items()
+              if (drawn := [name for name in names if any(y for _, y in curves[name])])}
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for i, (title, names) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), i, title=title, xlabel="update")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                    panels.items()):
+        axes.set(title=title, xlabel="update")
         axes.locator_params(axis="x", nbins=5)                   # labels do not overlap
         for name in names:
-            points = [(int(row["update"]), float(row[name])) for row in rows if row.get(name)]
-            if any(value for _, value in points):
-                axes.plot(*zip(*points), marker=".", label=name)
-            for style, (baseline, metrics) in zip((":", "--"), baselines.items()):
-                if metrics.get(name):
-                    axes.axhline(metrics[name]["mean"], linestyle=style, label=baseline)
+            axes.plot(*zip(*curves[name]), marker=".", label=name)
+            for style, (baseline, scores) in zip((":", "--"), baselines.items()):
+                if scores.get(name):
+                    axes.axhline(scores[name]["mean"], linestyle=style, label=baseline)
         axes.legend()
     with srgan.replacing(path) as temporary:
         figure.savefig(temporary)
@@ -458,31 +442,18 @@ def draw_curves(rows, baselines, path):
 # Set-up: processes, images, networks, losses.
 
 def set_up_process(name):
-    """(device, rank, number of processes, number on this machine); torchrun starts several."""
-    try:
-        world, rank, local, on_machine = (int(os.environ.get(*item)) for item in (
-            ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    except ValueError as error:
-        raise InputError(f"WORLD_SIZE and so on, as torchrun sets them: {error}") from None
-    if not 0 <= rank < world or local < 0:
-        raise InputError(f"RANK {rank}, LOCAL_RANK {local} and WORLD_SIZE {world} do not fit; "
-                         "unset them, or start the processes with torchrun")
-    gpus = torch.cuda.device_count() if name == "auto" or name.startswith("cuda") else 0
-    if world > 1 and (":" in name or gpus and local >= gpus):
-        raise InputError(f"torchrun gives each process its own GPU, and there are {gpus}: use "
-                         f"--device cuda and at most --nproc-per-node {gpus}")
-    if gpus:
-        name = name if ":" in name else f"cuda:{local}"
-        with contextlib.suppress(RuntimeError):                  # pick_device says what is wrong
-            torch.cuda.set_device(name)                          # so that no other GPU is opened
+    """(device, rank, number of processes); torchrun starts several."""
+    world, rank, local = (int(os.environ.get(*item)) for item in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local}"
     device = srgan.pick_device(name)
-    if world > 1:
-        try:                                                     # rank 0 may validate for hours
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=12))
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"torchrun: {srgan.one_line(error)}") from None
-    return device, rank, world, on_machine
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                            # opens no other GPU
+    if world > 1:                                                # rank 0 may validate for hours
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))
+    return device, rank, world
 
 
 def set_up_arithmetic(device, config):
@@ -507,7 +478,7 @@ def open_run(args):
     if not args.resume:
         return out, None
     saved = srgan.load_checkpoint(path)
-    if not {"training", "config"} <= saved.keys() or saved.get("stage") != args.stage:
+    if "training" not in saved or saved.get("stage") != args.stage:
         raise InputError(f"{path}: only a checkpoint_latest.pth of stage {args.stage} can be "
                          "resumed; start from its generator with --init")
     if saved.get("lr_data") and not args.lr_data:
@@ -522,7 +493,7 @@ def find_data(args, config):
         pairs = srgan.find_pairs(args.data[0], args.lr_data, scale, kernel)
     else:
         paths = {path for folder in args.data for path in srgan.find_hr(folder)}
-        pairs = [(path.stem, path, None) for path in sorted(paths)]
+        pairs = [(str(path), path, None) for path in sorted(paths)]
     if args.val:
         return pairs, srgan.find_pairs(args.val, scale=scale, kernel=kernel)
     parts = srgan.split(pairs, config["split"], config["validate_on"])
@@ -550,8 +521,9 @@ def find_start(args, config):
 def make_networks(args, config, start, device):
     """{"generator": G, in stage 2 also "discriminator": D}, in training mode on the device."""
     torch.manual_seed(config["seed"])
-    arch = "block", "scale", "channels", "n_blocks", "tanh", "init"
+    arch = "block", "scale", "channels", "n_blocks", "tanh"
     generator = srgan.make_generator(**{key: config[key] for key in arch})
+    srgan.INITS[config["init"]](generator)
     if start:
         generator.load_state_dict(start.state_dict())
     networks = {"generator": generator}
@@ -584,7 +556,7 @@ def make_update(config, stage, state, device, world=1):
                                            config["content_divisor"])
         use.phi = fast(phi.to(device, memory_format=torch.channels_last))
     losses = {name: (values[f"{name}_weight"], functools.partial(loss, use=use))
-              for name, loss in srgan.CONTENT_LOSSES.items() if values.get(f"{name}_weight")}
+              for name, loss in srgan.CONTENT_LOSSES.items() if values[f"{name}_weight"]}
     networks, adam = state.networks, state.adam
     if world > 1:
         for optimizer in adam.values():
@@ -595,27 +567,23 @@ def make_update(config, stage, state, device, world=1):
     plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
-    shift = values["shift"]
-    Update = functools.partial(srgan.ShiftedUpdate, shift) if shift else srgan.Update
+    Update = srgan.Update
+    if values["shift"]:
+        Update = functools.partial(srgan.ShiftedUpdate, values["shift"])
     update = Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
                     adam["discriminator"], values["adversarial_weight"],
                     *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
-    if values["discriminator_steps"] > 1:
-        update = srgan.CriticSteps(update)
-    if device.type == "cuda" and world == 1 and config["compile"] != "no" \
-            and not penalties and not shift:                     # these cannot be captured
-        update = srgan.Graphed(update, device)
-    return update
+    return srgan.CriticSteps(update) if values["discriminator_steps"] > 1 else update
 
 
-def make_patches(args, config, images, device, rank, on_machine):
+def make_patches(args, config, images, device, rank):
     """srgan.Patches of the training images."""
     _, hr_paths, lr_paths = zip(*images)
     hr_store = srgan.Store(hr_paths, args.cache, config["store"])
     lr_store = srgan.Store(lr_paths, args.cache, config["store"]) if args.lr_data else None
     return srgan.Patches(hr_store, config["patch_size"], config["scale"], config["kernel"],
-                         config["augment"], config["crop_margin"], lr_store, device, config["seed"],
-                         rank, max(1, os.cpu_count() // on_machine))
+                         config["augment"], config["crop_margin"], lr_store, device,
+                         config["seed"], rank)
 
 
 def average_gradients(optimizer, *_):
@@ -652,33 +620,6 @@ def batches(patches, config, stage, first, last):
             pairs = patches.batches(config["batch_size"], begin * d_steps, end * d_steps)
             for _ in range(begin, end):
                 yield [tensor for _ in range(d_steps) for tensor in next(pairs)]
-
-
-def validate(generator, pairs, config, metrics, sample=None):
-    """Mean and standard deviation of the metrics; without a generator, those of bicubic.
-
-    An image that cannot be measured is removed from `pairs`, with a message. sample: a file that
-    shows the centre of the first image (bicubic, SR, HR). Raises InputError if no image is left.
-    """
-    scale, scores = config["scale"], []
-    for pair in list(pairs):
-        name, *paths = pair
-        try:
-            image, hr = srgan.open_pair(*paths, scale, config["kernel"])
-            bicubic = srgan.upsample(image, scale)
-            sr = srgan.upscale(generator, image) if generator else bicubic
-            scores.append(srgan.measure(sr, hr, metrics, scale))
-            if sample and len(scores) == 1:
-                top, left = (max(0, side - 400) // 2 for side in hr.shape[:2])
-                views = [x[top:top + 400, left:left + 400] for x in (bicubic, sr, hr)]
-                with srgan.replacing(sample) as temporary:
-                    srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
-        except InputError as error:
-            srgan.say(f"left out of the validation, {name}: {error}")
-            pairs.remove(pair)
-    if not scores:
-        raise InputError("no image is left to validate on")
-    return srgan.aggregate(scores)
 
 
 def record_signals():
@@ -742,16 +683,16 @@ def main():
     start_path, start = find_start(args, config)
 
     # The device, the networks, the update, and its patches.
-    device, rank, world, on_machine = set_up_process(args.device)
+    device, rank, world = set_up_process(args.device)
     set_up_arithmetic(device, config)
     state = State(make_networks(args, config, start, device), config[stage], device)
     if saved:
         state.resume(saved)
     total = config[stage]["epochs"] * config["steps_per_epoch"]
-    if not 0 <= state.step < total:
+    if state.step >= total:
         raise InputError(f"the run is complete at update {state.step}; --epochs makes it longer")
     update = make_update(config, stage, state, device, world)
-    patches = make_patches(args, config, train_pairs, device, rank, on_machine)
+    patches = make_patches(args, config, train_pairs, device, rank)
 
     # Training.
     run = None
@@ -761,7 +702,7 @@ def main():
         bicubic = srgan.describe(state.baselines["bicubic"])
         origin = f", starting from {start_path}" if start else ""
         print(f"{stage} on {device}, {config['precision']}: {len(train_pairs)} images, "
-              f"{len(val_pairs)} to validate on (bicubic {bicubic}), updates {state.step} to "
+              f"{len(run.pairs)} to validate on (bicubic {bicubic}), updates {state.step} to "
               f"{total}, into {out}{origin}", flush=True)
     data = batches(patches, config, stage, state.step, total)
     train(state, update, data, run, config, stage, world, device)

@@ -212,9 +212,7 @@ def upscale_all(jobs, generator, outscale, **options):
                                        progress=len(jobs) == 1 and shown, **options)
             except InputError as error:
                 failures.append(str(error))
-            except (RuntimeError, MemoryError) as error:
-                if not srgan.is_out_of_memory(error):
-                    raise
+            except MemoryError:
                 failures.append(f"{source}: out of memory; use a smaller --tile")
             else:
                 wait(saved[-1:])
@@ -236,7 +234,7 @@ def main():
     if skipped:
         srgan.say(f"{skipped} of {len(planned)} exist and are kept; --overwrite replaces them")
     if not jobs:
-        print(srgan.printable(f"{args.output}: nothing to do"))
+        print(f"{args.output}: nothing to do")
         return 0
     device = srgan.pick_device(args.device)
     name, generator = load_model(args, device)
@@ -252,7 +250,7 @@ def main():
     done = f"{args.output}: {len(sizes)} of {len(jobs)} images, {megapixels:.1f} megapixels"
     if len(jobs) == len(sizes) == 1:
         done = "{}: {}x{} pixels".format(jobs[0][1], *sizes[0])
-    print(srgan.printable(f"{done}, {precision}, {time.monotonic() - began:.1f} s"))
+    print(f"{done}, {precision}, {time.monotonic() - began:.1f} s")
     return 0 if not failures else 1 if len(failures) < len(planned) else 2
 
 

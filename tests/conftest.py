@@ -1,5 +1,4 @@
 import ctypes
-import functools
 import importlib
 import signal
 import sys
@@ -19,7 +18,6 @@ TINY = ("--set", "channels=8", "--set", "n_blocks=1", "--set", "patch_size=32",
         "--set", "content_weights=random")
 SMALL = (*TINY, "--set", "content_network=vgg19:1_1", "--set", "discriminator.channels=[8,8,16,16]",
          "--device", "cpu", "--precision", "fp32")
-LAUGHS = functools.reduce(lambda nested, _: [nested, nested], range(40), ["ha"])   # 2^40 times
 
 
 def photo(h, w, seed=0):
@@ -92,10 +90,9 @@ def generator():
 
 @pytest.fixture
 def start(tmp_path):
-    """A checkpoint to start from; with random weights, all parameters have a gradient."""
+    """A checkpoint to start from, with random weights: all parameters have a gradient."""
     torch.manual_seed(1)
-    srgan.save_checkpoint(tmp_path / "start.pth",
-                          srgan.Generator(channels=8, n_blocks=1, init="torch"))
+    srgan.save_checkpoint(tmp_path / "start.pth", srgan.Generator(channels=8, n_blocks=1))
     return tmp_path / "start.pth"
 
 

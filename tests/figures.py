@@ -9,19 +9,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import srgan  # noqa: E402
 
-
-def main():
-    generators = {title: srgan.load_generator(ROOT / f"weights/{title.lower()}.pth")
-                  for title in ("SRResNet", "SRGAN")}
-    for name, path, _ in srgan.find_pairs(ROOT / "figures"):
-        lr, hr = srgan.open_pair(path)
-        methods = srgan.Image.Resampling
-        images = {"nearest neighbour": srgan.upsample(lr, method=methods.NEAREST),
-                  "bicubic": srgan.upsample(lr, method=methods.BICUBIC)}
-        images |= {title: srgan.upscale(g, lr) for title, g in generators.items()}
-        images["original"] = hr
-        srgan.side_by_side([*images.values()], [*images]).save(ROOT / f"figures/{name}.png")
-
-
-if __name__ == "__main__":
-    srgan.run(main)
+generators = {title: srgan.load_generator(ROOT / f"weights/{title.lower()}.pth")
+              for title in ("SRResNet", "SRGAN")}
+for name, path, _ in srgan.find_pairs(ROOT / "figures"):
+    lr, hr = srgan.open_pair(path)
+    images = {"nearest neighbour": srgan.upsample(lr, method=srgan.Image.Resampling.NEAREST),
+              "bicubic": srgan.upsample(lr)}
+    images |= {title: srgan.upscale(g, lr) for title, g in generators.items()}
+    images["original"] = hr
+    srgan.side_by_side([*images.values()], [*images]).save(ROOT / f"figures/{name}.png")

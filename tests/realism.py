@@ -2,12 +2,10 @@
 
     python tests/realism.py results/weights_srgan Set14/HR [--feature-weights squeezenet1_1.pth]
 
-Images are paired by name. Perceptual distance: Zhang et al., "The Unreasonable Effectiveness of
-Deep Features as a Perceptual Metric", CVPR 2018, with SqueezeNet 1.1 and without the learned
-weights that make it LPIPS. Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches
-of three levels of a Laplacian pyramid, Karras et al., "Progressive Growing of GANs", ICLR 2018,
-Sec. 5. SqueezeNet (5 MB) is downloaded on first use; `--feature-weights` names a file of it, or
-"random". A network that was trained on SqueezeNet's features is judged by its own teacher here.
+Perceptual distance: Zhang et al. 2018, arXiv:1801.03924, with SqueezeNet 1.1 and without the
+learned weights that make it LPIPS. A network that was trained on SqueezeNet's features is judged by
+its own teacher here. Texture distance: the sliced Wasserstein distance (x1000) of 7x7 patches of
+three levels of a Laplacian pyramid, Karras et al. 2018, arXiv:1710.10196, Sec. 5.
 """
 import argparse
 import sys
@@ -25,8 +23,7 @@ SIDE, PATCHES, DIRECTIONS, LEVELS = 7, 1024, 256, 3
 
 
 def perceptual_distance(phi, sr, hr):
-    """Squared distance of SqueezeNet's features, normalised at each position: the mean over
-    positions, summed over TAPS. Images are [3, H, W] in [0, 1]."""
+    """Squared distance of the features, normalised at each position: mean over the positions."""
     x, total = (torch.stack([sr, hr]) - phi.mean) / phi.std, 0
     for i, layer in enumerate(phi.features):
         x = layer(x)
@@ -47,8 +44,7 @@ def bands(image):
 
 
 def patches(images):
-    """For each level [images x PATCHES, SIDE x SIDE, 3], from random places that depend only on
-    the images' sizes."""
+    """For each level [images x PATCHES, SIDE x SIDE, 3]; the images' sizes alone decide where."""
     rng, levels = np.random.default_rng(0), [[] for _ in range(LEVELS)]
     for image in images:
         for level, band in zip(levels, bands(image)):
@@ -59,8 +55,7 @@ def patches(images):
 
 
 def sliced_wasserstein(a, b):
-    """Mean distance (x1000) of two sets of patches, normalised by the second's colours and sorted
-    along random directions."""
+    """Mean distance of two sets of patches in b's normalised colours, sorted along directions."""
     mean, std = b.mean((0, 1)), b.std((0, 1))
     a, b = (((x - mean) / std).reshape(len(x), -1) for x in (a, b))
     rng = np.random.default_rng(1)
@@ -71,20 +66,18 @@ def sliced_wasserstein(a, b):
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sr", help="folder of SR images")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sr", help="folder of SR images, named like the originals")
     parser.add_argument("hr", help="folder of the originals")
-    parser.add_argument("--feature-weights", "--vgg-weights", default="imagenet", metavar="FILE")
+    parser.add_argument("--feature-weights", default="imagenet", metavar="FILE")
     args = parser.parse_args()
     pairs = [[srgan.to_tensor(srgan.open_rgb(path)) for path in (sr, hr)]
              for _, hr, sr in srgan.find_pairs(args.hr, args.sr)]
     phi = srgan.TruncatedSqueezeNet(str(TAPS[-1]), args.feature_weights)
     perceptual = np.mean([perceptual_distance(phi, *pair) for pair in pairs])
-    texture = [sliced_wasserstein(*level) for level in zip(*map(patches, zip(*pairs)))]
-    levels = ", ".join(f"{value:.1f}" for value in texture)
-    print(f"{args.sr}: {len(pairs)} images, perceptual distance {perceptual:.3f}, texture distance "
-          f"{np.mean(texture):.1f} ({levels}, finest level first)")
+    texture = np.mean([sliced_wasserstein(*level) for level in zip(*map(patches, zip(*pairs)))])
+    print(f"{args.sr}: {len(pairs)} images, perceptual distance {perceptual:.3f}, "
+          f"texture distance {texture:.1f}")
 
 
 if __name__ == "__main__":

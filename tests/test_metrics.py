@@ -24,6 +24,8 @@ def test_psnr_and_ssim_agree_with_scikit_image_and_with_simple_cases_by_hand():
     assert srgan.psnr(black, white, luma=False) == pytest.approx(0)
     assert srgan.psnr(black, white) == pytest.approx(20 * np.log10(255 / 219))  # Y: 16 to 235
     assert srgan.psnr(black, black) == np.inf and srgan.ssim(black, black) == pytest.approx(1)
+    with pytest.raises(ValueError, match="different sizes"):
+        srgan.psnr(black, white[:, :1])                          # torch would broadcast it
 
 
 @pytest.mark.parametrize("metric", [srgan.psnr, srgan.ssim])
@@ -44,17 +46,6 @@ def test_tensors_give_a_value_for_each_image(metric):
     assert metric(sr, hr).tolist() == pytest.approx(expected, abs=1e-9)
     floats = [x.float() / 127.5 - 1 + 1e-3 for x in (sr, hr)]        # off the 8-bit grid
     assert metric(*floats).tolist() == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("metric, side, h, words", [
-    (srgan.psnr, 63, 64, "sizes"), (srgan.psnr, 8, 8, "nothing is left"),
-    (srgan.ssim, 16, 16, "11x11"), (srgan.lpips, 31, 31, "32x32")])
-def test_sizes_that_differ_or_are_too_small_and_other_types_are_refused(metric, side, h, words):
-    sr, hr = pair()
-    with pytest.raises(ValueError, match=words):
-        metric(sr[:side], hr[:h])
-    with pytest.raises(ValueError, match="uint8"):
-        srgan.psnr(sr / 255, hr / 255)
 
 
 def test_lpips_takes_whole_rgb_images_in_the_range_its_network_expects(monkeypatch):

@@ -52,30 +52,21 @@ def test_the_discriminator_is_that_of_figure_4():
 
 
 def test_the_discriminator_takes_other_channels_kernels_norms_and_sizes():
-    d = srgan.Discriminator(channels=(8, 16, 16, 32, 32, 64, 64, 64), first_kernel=9,
-                            norm="instance", pool=6)
-    assert notation(d)[:5] == ["k9n8s1", "LReLU", "k3n16s2", "IN", "LReLU"]
-    assert "BN" not in notation(d) and d.classifier[1].in_features == 64 * 36
-    assert all(d(torch.zeros(1, 3, size, size)).shape == (1,) for size in (96, 128))
-    d = srgan.Discriminator(30, channels=(4, 4, 8, 8))           # its feature maps get an odd size
-    assert d(torch.zeros(2, 3, 30, 30)).shape == (2,)
+    d = srgan.Discriminator(30, (8, 16, 16), first_kernel=9, norm="instance", pool=6)
+    assert notation(d)[:6] == ["k9n8s1", "LReLU", "k3n16s2", "IN", "LReLU", "k3n16s1"]
+    assert all(d(torch.zeros(2, 3, size, size)).shape == (2,) for size in (30, 96))
+    odd = srgan.Discriminator(30, (4, 4, 8, 8))                  # of the size of its feature maps
+    assert odd(torch.zeros(2, 3, 30, 30)).shape == (2,)
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
 @pytest.mark.parametrize("scale", srgan.SCALES)
-def test_generators_start_as_nearest_neighbour_upsampling(block, scale):
+def test_generators_can_start_as_nearest_neighbour_upsampling(block, scale):
     x = torch.rand(1, 3, 12, 10)
     g = srgan.make_generator(block, scale=scale, channels=8, n_blocks=1).eval()
+    srgan.INITS["nearest"](g)
     expected = torch.tanh(2.5 * x - 1.25).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     assert torch.allclose(g(x), expected, atol=1e-5)
-
-
-def test_the_strict_generator_starts_with_torchs_weights_and_has_no_tanh():
-    torch.manual_seed(7)
-    g = srgan.Generator(channels=8, n_blocks=1, tanh=False, init="torch")
-    torch.manual_seed(7)
-    assert torch.equal(g.head[0].weight, nn.Conv2d(3, 8, 9).weight)   # the first that is drawn
-    assert "Tanh" not in notation(g) and g.arch["tanh"] is False and "init" not in g.arch
 
 
 def test_rrdbs_take_the_place_of_residual_blocks():
@@ -89,8 +80,6 @@ def test_rrdbs_take_the_place_of_residual_blocks():
     assert torch.allclose(one(x), x + 0.2 * one.convs[-1](torch.cat(maps, 1)), atol=1e-5)
     assert torch.allclose(g.blocks[0](x), x + 0.2 * three(two(one(x))), atol=1e-5)
 
-
-# Content networks
 
 @pytest.mark.parametrize("name, layer, n_layers", [
     ("vgg19", "1_1", 2), ("vgg19", "2_2", 9), ("vgg19", "5_4", 36), ("squeezenet1_1", "3", 4)])
@@ -124,7 +113,7 @@ def test_content_weights_are_downloaded_once_and_checked_or_come_from_a_file(tmp
         loaded = srgan.TruncatedVGG19("1_1", weights).features[0].weight
         assert torch.allclose(loaded, state["0.weight"] + 1, atol=2e-3)
         good.unlink(missing_ok=True)
-    with pytest.raises(srgan.InputError, match="vgg19-01234567.pth.*features.2.weight"):
+    with pytest.raises(srgan.InputError, match="vgg19-01234567.pth.*2.weight"):
         srgan.TruncatedVGG19("1_2", wrong)
     os.truncate(tmp_path / "torch-home/hub/checkpoints" / good.name, 1000)
     for path in (good, wrong, tmp_path / "vgg19-76543210.pth"):  # cut off, wrong, missing
@@ -132,8 +121,6 @@ def test_content_weights_are_downloaded_once_and_checked_or_come_from_a_file(tmp
         with pytest.raises(srgan.InputError, match="cannot download .* --feature-weights FILE"):
             srgan.TruncatedVGG19("1_1")
 
-
-# Losses beyond the paper
 
 @pytest.mark.parametrize("scale", srgan.SCALES)
 def test_the_grid_loss_sees_differences_between_the_places_in_an_lr_pixel_and_nothing_else(scale):
@@ -147,8 +134,6 @@ def test_the_grid_loss_sees_differences_between_the_places_in_an_lr_pixel_and_no
     place[1, -1] = scale                                         # all of the energy at one place
     same, dots = (srgan.grid_loss(x, hr, scale) for x in (texture, texture * place.repeat(16, 24)))
     assert dots > 2 * same and srgan.grid_loss(hr, hr, scale) < 0.5 * same
-    part = torch.zeros(1, 3, 4 * scale, 4 * scale)               # smaller than a window
-    assert srgan.grid_loss(part + 1, part, scale).item() == pytest.approx(1, rel=1e-4)
 
 
 def test_the_fourier_loss_compares_how_much_texture_there_is_and_not_where_it_is():
@@ -156,9 +141,8 @@ def test_the_fourier_loss_compares_how_much_texture_there_is_and_not_where_it_is
     wave, moved = (0.3 * f(x).expand(1, 3, 96, 96) for f in (torch.sin, torch.cos))
     assert srgan.fourier_loss(moved, wave) < 0.01 * srgan.fourier_loss(0 * wave, wave)
     hr, other, colourful = (0.2 * torch.randn(4, n, 96, 96).expand(4, 3, 96, 96) for n in (1, 1, 3))
-    other.requires_grad_()
-    texture, *worse = (srgan.fourier_loss(sr, hr) for sr in (    # blurred, regular, in colour
-        other, 0 * hr, 0.2 * 2 ** 0.5 * torch.sin(x).expand(4, 3, 96, 96), colourful))
-    assert texture < 0.7 * min(worse)
+    texture = srgan.fourier_loss(other.requires_grad_(), hr)
+    assert texture < 0.7 * min(srgan.fourier_loss(sr, hr) for sr in (
+        0 * hr, 0.2 * 2 ** 0.5 * torch.sin(x).expand(4, 3, 96, 96), colourful))
     texture.backward()
     assert other.grad.isfinite().all() and other.grad.any() and srgan.fourier_loss(hr, hr) == 0

@@ -116,11 +116,10 @@ def test_penalties_join_ds_loss_with_their_weights():
 
     def slope(x):                                                # of each image's score
         x = x.clone().requires_grad_()
-        return torch.autograd.grad(D(x).sum(), x, create_graph=True)[0].flatten(1)
-    between = (slope(share * sr + (1 - share) * game.hr).pow(2).sum(1).sqrt() - 1).pow(2).mean()
-    at_hr = slope(game.hr).pow(2).sum(1).mean() / 2
-    plain = (softplus(-D(game.hr)) + softplus(D(sr))).mean()
-    loss = plain + 10 * between + 0.3 * at_hr
+        return torch.autograd.grad(D(x).sum(), x, create_graph=True)[0].flatten(1).norm(dim=1)
+    between = (slope(share * sr + (1 - share) * game.hr) - 1).pow(2).mean()
+    at_hr = slope(game.hr).pow(2).mean() / 2
+    loss = (softplus(-D(game.hr)) + softplus(D(sr))).mean() + 10 * between + 0.3 * at_hr
     assert between > 1e-3 and at_hr > 1e-5
     step(adam, loss)
     assert result["discriminator"].item() == pytest.approx(loss.item(), rel=1e-6)
@@ -135,14 +134,6 @@ def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once():
         other.update.update_discriminator(other.G(lr).detach(), hr)
     expected = other.update(*batches[2])
     assert result == expected and alike(game.G, other.G, 0) and alike(game.D, other.D, 0)
-
-
-def test_a_discriminator_that_is_always_right_still_gives_a_gradient():
-    """Eq. 6 does not saturate: as D(SR) goes to 0, its derivative by the logit goes to -1."""
-    fake = torch.full((4,), -1e4, requires_grad=True)
-    srgan.adversarial_loss(lambda x: x, fake).backward()
-    assert torch.allclose(fake.grad, torch.full((4,), -0.25))
-    assert srgan.discriminator_loss(fake.detach(), -fake.detach()) == 0   # no log of 0
 
 
 def test_shifted_steps_see_sr_and_hr_moved_together():
