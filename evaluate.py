@@ -15,7 +15,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":                       # Ctrl-C while torch is imported
+if __name__ == "__main__":                       # Ctrl-C while torch loads
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import srgan
 from srgan import METRICS, Image, InputError, tqdm
@@ -44,14 +44,6 @@ def parse_args():
     if "" in [*vars(args).values(), *args.ckpt, *args.sr] or (args.shave or 0) < 0:
         parser.error("an argument is empty, or --shave is below 0")
     return args
-
-
-def select(pairs, part, config):
-    """The pairs in one part of the split that training with this configuration makes."""
-    shares, validate_on = config.get("split", [80, 15, 5]), config.get("validate_on", 0)
-    if type(shares) is not list or [type(n) for n in (*shares, validate_on)] != [int] * 4:
-        raise InputError("the first checkpoint has no valid split; leave out --split")
-    return srgan.split(pairs, shares, validate_on)[part]
 
 
 def find_sr(folder, pairs):
@@ -158,7 +150,7 @@ def main():
     args = parse_args()
     device = srgan.pick_device(args.device)
     state = srgan.load_checkpoint(args.ckpt[0]) if args.ckpt else {}
-    config = state.get("config") if isinstance(state.get("config"), dict) else {}
+    config = state.get("config", {})
     generators = {path: srgan.optimize_for_inference(srgan.load_generator(path, device))
                   for path in args.ckpt}
     scales = {g.arch["scale"] for g in generators.values()} | {args.scale} - {None}
@@ -166,11 +158,13 @@ def main():
         raise InputError(f"the scales differ: {sorted(scales)}; measure one scale at a time")
     scale = min(scales, default=4)
     shave = scale if args.shave is None else args.shave
-    kernel = args.kernel or next((k for k in srgan.KERNELS if k == config.get("kernel")), "bicubic")
+    kernel = args.kernel or config.get("kernel", "bicubic")
     pairs = srgan.find_pairs(args.data, args.lr, scale, kernel)
-    if args.split and isinstance(state.get("val"), str) and state["val"]:
+    if args.split and state.get("val"):
         raise InputError(f"{args.ckpt[0]} was trained with --val, which held out no part of --data")
-    pairs = select(pairs, args.split, config) if args.split else pairs
+    if args.split:                                   # as train.py made it
+        parts = srgan.split(pairs, config.get("split", (80, 15, 5)), config.get("validate_on", 0))
+        pairs = parts[args.split]
     models = make_models(generators, args.sr, pairs, scale)
     folders = image_folders(args.save_images, models) if args.save_images else {}
     outputs = [path for path in (args.json, args.csv, args.save_images) if path]

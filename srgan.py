@@ -18,7 +18,8 @@ Sections 1 to 3 are the paper, and say where they add to it. Symbols: G, D, LR, 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
 """
-import contextlib  # sections 1 to 3 need only torch and math
+# Sections 1 to 3 need only torch and math; the rest serves what surrounds them.
+import contextlib
 import copy
 import functools
 import hashlib
@@ -40,7 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock  # comes with torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -57,9 +58,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, n=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN adds the bias
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
             nn.BatchNorm2d(n),
-            nn.PReLU(),                                           # one slope for all feature maps
+            nn.PReLU(),                                           # one slope for all maps
             nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
             nn.BatchNorm2d(n))
 
@@ -73,7 +74,7 @@ class Generator(nn.Module):
     1,547,350 parameters at scale 4; `scale` is 2, 4 or 8. tanh: whether SR is kept in [-1, 1] by a
     Tanh, which the paper does not mention and nearly every implementation has.
     """
-    block = "residual"                                            # its key in GENERATORS
+    block = "residual"                                            # its name in section 8's table
 
     def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
         super().__init__()
@@ -117,7 +118,8 @@ class Discriminator(nn.Module):
             stride = 1 if i % 2 else 2                            # n64s2 n128s1 n128s2 ... n512s2
             layers += [nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False),
                        NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
-        layers.append(nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity())
+        if pool:
+            layers.append(nn.AdaptiveAvgPool2d(pool))
         self.features = nn.Sequential(*layers)
         side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))       # 96 -> 6
         self.classifier = nn.Sequential(
@@ -130,7 +132,7 @@ class Discriminator(nn.Module):
 
 
 # ==================================================================================================
-# 2. Losses. Sec. 2.2, Eq. 3 to 6. Each docstring says what its mean is taken over.
+# 2. Losses. Sec. 2.2, Eq. 3 to 6. Where the paper sums, these are means: see each docstring.
 # ==================================================================================================
 
 def mse_loss(sr, hr):
@@ -151,9 +153,9 @@ class ContentNetwork(nn.Module):
     def __init__(self, features, divisor=12.75):
         super().__init__()
         self.features = features.eval().requires_grad_(False)
-        for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225]),
-                             ("divisor", [divisor])):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.register_buffer("divisor", torch.tensor(divisor).view(1, 1, 1))
 
     def forward(self, x):
         x = ((x + 1) / 2 - self.mean) / self.std
@@ -166,11 +168,7 @@ class TruncatedVGG19(ContentNetwork):
     layer: "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6].
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
     that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
-
-    The paper says that 1/12.75 brings the VGG loss to the scale of the MSE. This is true of the
-    *normalised* VGG19 of Gatys et al. (mean activation 1): with it, an SRResNet's VGG22 loss is
-    about its MSE. Torchvision's VGG19 has activations of another scale; weights/README.md says how
-    to choose the divisor for it.
+    weights/README.md says which VGG19 the divisor 12.75 suits.
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -192,11 +190,9 @@ def content_loss(phi, sr, hr):
 
     The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
     divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54. HR needs no gradient.
+    this value for VGG22 and 512 times for VGG54.
     """
-    with torch.no_grad():
-        target = phi(hr)                                          # [N, C, h, w]
-    return (target - phi(sr)).square().mean()                     # Eq. 5
+    return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
 def total_variation(sr):
@@ -211,10 +207,10 @@ def total_variation(sr):
 
 
 def adversarial_loss(D, sr, hr=None):
-    """Eq. 6, l_Gen: -log D(SR), the mean over the batch; Eq. 6 has the sum. -> scalar
+    """Eq. 6, l_Gen: -log D(SR), here the mean over the batch instead of its sum. -> scalar
 
-    In Eq. 2, G minimises log(1 - D(SR)); -log D(SR) has better gradients (Sec. 2.2.2). D returns
-    logits x, and -log(sigmoid(x)) = softplus(-x). Only relativistic losses use `hr`.
+    Eq. 2 would have G minimise log(1 - D(SR)); -log D(SR) has better gradients (Sec. 2.2.2). D
+    returns logits x, and -log(sigmoid(x)) = softplus(-x). Only relativistic losses use `hr`.
     """
     return F.softplus(-D(sr)).mean()                              # Eq. 6
 
@@ -225,8 +221,8 @@ def perceptual_loss(content, adversarial, weight=1e-3):
 
 
 # ==================================================================================================
-# 3. Training. SRResNet minimises a content loss alone (Eq. 1 with l^SR = Eq. 4). SRGAN starts from
-#    it and alternates steps of the game of Eq. 2, where G minimises the perceptual loss of Eq. 3.
+# 3. Training. SRResNet minimises a content loss alone: Eq. 1, where l^SR is Eq. 4 (or 5). SRGAN
+#    starts from it and plays the game of Eq. 2, where G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
 
 def discriminator_loss(fake, real):
@@ -238,21 +234,21 @@ def discriminator_loss(fake, real):
 
 
 class Update:
-    """One update of D and then of G ("we alternate", k = 1, Sec. 3.2); without a D, of G alone.
+    """One update of D and then of G (Sec. 3.2 alternates, k = 1); without a D, of G alone.
 
     content_losses: {name: (weight, function of SR and HR)}; the paper has one, SRResNet-VGG22 two.
-    penalties: the same for D's loss; the paper has none. Section 8 has variants of the last three
-    arguments. Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
+    penalties: the same for D's loss; the paper has none. Section 8 has some, and other adversarial
+    losses. Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
     {name: scalar}: G's losses, unweighted; "loss", their weighted sum; D's loss and mean logits.
     """
 
     def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
                  adversarial_loss=adversarial_loss, discriminator_loss=discriminator_loss,
-                 penalties={}):
+                 penalties=None):
         self.G, self.adam_G, self.D, self.adam_D = G, adam_G, D, adam_D
         self.content_losses, self.adversarial_weight = content_losses, adversarial_weight
         self.adversarial_loss, self.discriminator_loss = adversarial_loss, discriminator_loss
-        self.penalties = penalties
+        self.penalties = penalties or {}
 
     def __call__(self, lr, hr):                                   # [N, 3, 24, 24], [N, 3, 96, 96]
         sr = self.G(lr)                                           # [N, 3, 96, 96]
@@ -273,8 +269,10 @@ class Update:
 
     def update_generator(self, sr, hr):
         """A step towards Eq. 1: theta_G minimises l^SR. Eq. 6 stands in for G's side of Eq. 2."""
-        losses = {name: f(sr, hr) for name, (_, f) in self.content_losses.items()}  # Eq. 4 or 5
-        content = sum(weight * losses[name] for name, (weight, _) in self.content_losses.items())
+        losses, content = {}, 0
+        for name, (weight, content_loss) in self.content_losses.items():
+            losses[name] = content_loss(sr, hr)                   # Eq. 4 or 5
+            content = content + weight * losses[name]
         loss = content                                            # SRResNet
         if self.D is not None:                                    # SRGAN
             losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
@@ -284,7 +282,7 @@ class Update:
 
 
 def minimize(loss, adam):
-    """One step of Adam (Sec. 3.2) down the gradient of `loss`."""
+    """One step of Adam (Sec. 3.2: beta1 = 0.9, rate 1e-4, later 1e-5) down the loss's gradient."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -297,7 +295,7 @@ def minimize(loss, adam):
 SCALES = (2, 4, 8)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
             ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # EPS, for one, runs a program
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # not EPS, which runs Ghostscript
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 MARGIN = 2                                # a patch's LR depends on HR up to 2 LR pixels outside it
@@ -331,7 +329,7 @@ def find_images(path):
 
 def to_8_bits(image):
     """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA". Raises InputError."""
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tags = image.tag_v2 if image.format == "TIFF" else {}        # 258: bits; 262: 0 if 0 is white
     if image.mode == "F" or tags and (image.mode == "I" or tags.get(258) == (12,)):
         raise InputError("only unsigned 8-bit and 16-bit images can be read; convert it")
     if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
@@ -356,7 +354,7 @@ def info_to_keep(image):
         for tag in EXIF_KEPT & {*exif}:
             kept[tag] = exif[tag] if tag < 0x8769 else {
                 key: value for key, value in exif.get_ifd(tag).items()
-                if key not in (37500, 40962, 40963, 40965)}      # old sizes, and file offsets
+                if key not in (37500, 40962, 40963, 40965)}      # maker's notes, old sizes, offsets
         if len(kept) and len(data := kept.tobytes()) < 65_000:   # JPEG's limit
             info["exif"] = data
     return info
@@ -370,8 +368,9 @@ def open_image(path):
     Raises InputError if the image cannot be read.
     """
     try:
+        # Not by its path: Pillow would map a plain TIFF into memory and leave it unrotated.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
-            source.load()                                        # also rotates TIFF
+            source.load()                                        # turns a TIFF upright
             with contextlib.suppress(Exception):                 # broken EXIF
                 ImageOps.exif_transpose(source, in_place=True)
             image = to_8_bits(source)
@@ -408,7 +407,7 @@ def round_to_8_bits(x):
 
 
 def reduce_bicubic(hr, scale):
-    """Pillow's BICUBIC (a = -0.5, antialiased): across, then down; downsample rounds again."""
+    """Pillow's BICUBIC (a = -0.5, antialiased): across, rounded to 8 bits, then down."""
     h, w = hr.shape[2:]
     lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
     lr = round_to_8_bits(lr)
@@ -459,8 +458,9 @@ def by_stem(paths):
     """{stem: path}. Raises InputError if two images have the same name."""
     found = {}
     for path in paths:
-        if found.setdefault(path.stem, path) is not path:
+        if path.stem in found:
             raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
+        found[path.stem] = path
     return found
 
 
@@ -562,7 +562,7 @@ class Store:
         with FileLock(f"{file}.lock"):                           # another process may be writing it
             if not file.exists():
                 self.decode(file)
-        mapped = np.memmap(file, np.uint8, "c")                  # private: torch wants it writable
+        mapped = np.memmap(file, np.uint8, "c")                  # copy-on-write, as torch requires
         pixels, size = np.split(mapped, [-16 * len(self.paths)])
         self.size = np.array(size.view(np.int64).reshape(-1, 2))  # heights and widths
         self.start = np.cumsum(self.size.prod(1)) - self.size.prod(1)
@@ -574,10 +574,11 @@ class Store:
         for path in sample:
             with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
                 n_bytes += 3 * image.width * image.height * len(self.paths) / len(sample)
-        if n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2):
+        too_large = n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2)
+        if too_large:
             say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels do not fit into {cache}; images are "
                 "decoded each time they are needed")
-            return True
+        return too_large
 
     def decode(self, file):
         """Write to `file` the pixels of all images, one after another, and then their sizes."""
@@ -624,7 +625,7 @@ class Patches:
         self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
-        self.named = set()                                       # images left out while streaming
+        self.reported = set()                                    # images left out while streaming
         self.resize(patch_size)
         for store in (hr, lr):
             if self.device.type == "cuda" and store and store.pixels is not None and \
@@ -644,13 +645,13 @@ class Patches:
             raise InputError(f"no image is {self.window}x{self.window} or larger, the size of a "
                              f"patch of {patch_size} with its margin; use larger images or a "
                              "smaller patch_size")
-        self.chance = usable / usable.sum()
+        self.probability = usable / usable.sum()
 
     def draw(self, step, n, attempt=0):
         """n random (image, [y, x] in [0, 1), symmetry); distinct images if there are enough."""
         rng = np.random.default_rng((self.seed, self.rank, step + attempt * 2 ** 40))
-        distinct = np.count_nonzero(self.chance) >= n
-        image = rng.choice(len(self.chance), n, replace=not distinct, p=self.chance)
+        distinct = np.count_nonzero(self.probability) >= n
+        image = rng.choice(len(self.probability), n, replace=not distinct, p=self.probability)
         return list(zip(image, rng.random((n, 2)), rng.choice(self.symmetries, n)))
 
     def cut(self, image, place, symmetry):
@@ -678,8 +679,8 @@ class Patches:
                 try:
                     found.append(self.cut(*drawn))
                 except InputError as error:
-                    if str(error) not in self.named:             # once per image
-                        self.named.add(str(error))
+                    if str(error) not in self.reported:             # once per image
+                        self.reported.add(str(error))
                         say(f"left out: {error}")
             if len(found) == n:
                 return [torch.stack(windows) for windows in zip(*found)]
@@ -889,8 +890,7 @@ def radii(generator):
 
 
 def spans(length, side, overlap):
-    """Divide a length evenly: [(start, end, start and end with the overlap)], at most `side` each.
-    """
+    """Even parts of a length, each at most `side`: [(start, end, both with the overlap)]."""
     ends = np.linspace(0, length, math.ceil(length / side) + 1).astype(int).tolist()
     return [(a, b, max(a - overlap, 0), min(b + overlap, length)) for a, b in zip(ends, ends[1:])]
 
@@ -931,7 +931,7 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
     (h, w, _), scale, (radius, part_radius) = image.shape, generator.arch["scale"], radii(generator)
     device, bf16 = next(generator.parameters()).device, precision == "bf16"
-    tile = min(TILE * 4 // max(4, scale) if tile is None else tile or max(h, w), max(h, w))
+    tile = TILE * 4 // max(4, scale) if tile is None else tile or max(h, w)
     rows, columns = (sum(len(spans(end - start, PART, 0))        # of parts, in all tiles
                          for *_, start, end in spans(side, tile, radius)) for side in (h, w))
 
@@ -940,8 +940,7 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
         return enlarge(generator, x)
 
     def super_resolve(lr):                                       # [1, 3, h, w] of one tile
-        n, c, h, w = lr.shape
-        sr = torch.empty(n, c, scale * h, scale * w, device=device)
+        sr = lr.new_empty(1, 3, scale * lr.shape[2], scale * lr.shape[3])
         return fill_in_tiles(sr, enlarge_part, features(generator, lr), PART, part_radius)
 
     def compute(pixels):                                         # uint8 [3, h, w] of one tile
@@ -971,8 +970,8 @@ def is_out_of_memory(error):
 
 
 # ==================================================================================================
-# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the weights (in fact
-#    their moving average, the result of training); "arch": G's arguments; and what train.py adds.
+# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the result of
+#    training, the moving average of G's weights; "arch": G's arguments; and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1068,16 +1067,16 @@ def load_features(network, weights, url):
         for p in network.parameters():
             nn.init.kaiming_normal_(p, generator=rng) if p.dim() > 1 else nn.init.zeros_(p)
         return network
-    try:
-        state = load_checkpoint(weights) if weights != "imagenet" else \
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
-                                               check_hash=True)
-    except InputError:
-        raise
-    except Exception as error:                                   # offline, cut off, wrong hash
-        raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere and "
-                         "pass --feature-weights FILE, or --feature-weights random to try things "
-                         "out") from None
+    if weights == "imagenet":
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        except Exception as error:                               # offline, cut off, wrong hash
+            raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
+                             "and pass --feature-weights FILE, or --feature-weights random to try "
+                             "things out") from None
+    else:
+        state = load_checkpoint(weights)
     state = {str(key).removeprefix("features."): value for key, value in state.items()}
     try:
         network.load_state_dict({key: state[key] for key in network.state_dict()})
@@ -1221,9 +1220,7 @@ def fourier_loss(sr, hr, window=16):
         x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
         return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
-    with torch.no_grad():
-        target = amplitudes(hr)
-    return (amplitudes(sr) - target).abs().mean()
+    return (amplitudes(hr) - amplitudes(sr)).abs().mean()
 
 
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
@@ -1238,10 +1235,9 @@ CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the s
 
 
 def relativistic_adversarial_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR shall look more real than HR on average, and HR less than SR."""
-    fake = D(sr)
-    with torch.no_grad():
-        real = D(hr)
+    """Wang et al. 2018, Eq. 2: SR should look more real than the average HR, and
+    HR less real than the average SR."""
+    fake, real = D(sr), D(hr)
     return discriminator_loss(real - fake.mean(), fake - real.mean())
 
 
@@ -1295,19 +1291,14 @@ class ShiftedUpdate(Update):
         return [image.roll(move, (2, 3)) for image in images]
 
 
-class CriticSteps:
+def critic_steps(update, *batches):
     """Gulrajani et al. 2017: several steps of D, each with its own batch, for each step of G."""
-
-    def __init__(self, update):
-        self.update = update
-
-    def __call__(self, *batches):                                # LR, HR, LR, HR, ...
-        *earlier, lr, hr = batches
-        for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):
-            with torch.no_grad():
-                sr = self.update.G(early_lr)
-            self.update.update_discriminator(sr, early_hr)
-        return self.update(lr, hr)
+    *earlier, lr, hr = batches                                   # LR, HR, LR, HR, ...
+    for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):
+        with torch.no_grad():
+            sr = update.G(early_lr)
+        update.update_discriminator(sr, early_hr)
+    return update(lr, hr)
 
 
 # ==================================================================================================
@@ -1400,7 +1391,7 @@ class PReLUFunction(torch.autograd.Function):
 
 
 def optimize_for_inference(generator):
-    """A copy that computes the same, with BN folded into the convolutions and PReLU in place."""
+    """A copy that computes the same, with BN folded into the convolutions, PReLU as LeakyReLU."""
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
     for layers in (generator.head, generator.fuse, generator.upsample,
                    *[block.body for block in generator.blocks]):

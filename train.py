@@ -4,8 +4,9 @@ r"""Train SRResNet (stage 1), then SRGAN (stage 2).
     python train.py --data DIV2K_train_HR --val DIV2K_valid_HR --stage gan
 
 Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM ends a run after the current
-update (of several processes, within ten) and saves it; --resume continues it, on the CPU bit for
-bit. To list or change settings, and to train on four GPUs, or on two machines with eight each:
+update (with several processes, after at most ten more) and saves it; --resume continues it, on the
+CPU bit for bit. To list or change settings, and to train on four GPUs, or on two machines with
+eight each:
 
     python train.py --list-settings
     python train.py --data photos --stage gan --preset srgan-vgg22 --set gan.lr=5e-5
@@ -24,7 +25,6 @@ import functools
 import json
 import math
 import os
-import reprlib
 import signal
 import time
 from datetime import timedelta
@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-if __name__ == "__main__":                                       # Ctrl-C while torch is imported
+if __name__ == "__main__":                                       # Ctrl-C while torch loads
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 import torch.distributed as dist
@@ -51,7 +51,9 @@ COLUMNS = ("epoch", "update", "lr", *LOSSES, *SCORES, "updates_per_s", "memory_m
 
 # Settings. Their defaults and presets are in config.json, their allowed values and meanings here.
 
-def between(low, high):                                          # each: (check, allowed values)
+# A kind of setting: (check, allowed values).
+
+def between(low, high):
     return (lambda value: low <= value <= high), f"{low:g} to {high:g}"
 
 
@@ -79,7 +81,7 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "pool": (between(0, 64), "average D's feature maps to this size, for any patch size; 0: off"),
     "content_network": ((lambda v: v in PHI, "vgg19:1_1 to 5_4, squeezenet1_1:0 to 12"),
                         "phi of Eq. 5: network and layer"),
-    "content_weights": ((len, "imagenet, random or a file"), "the weights of phi"),
+    "content_weights": ((bool, "imagenet, random or a file"), "the weights of phi"),
     "content_divisor": (between(1e-6, 1e6), "divides phi's feature maps (Sec. 3.2)"),
     "patch_size": (between(32, 4096), "side of the HR patches, a multiple of scale"),
     "batch_size": (between(1, 65536), "patches per update and GPU"),
@@ -120,46 +122,45 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
 RETIRED = {"recoveries", "keep", "spectrum_weight", "stationarity_weight"}  # of older versions
 
 
-def change(config, changes, prefix=""):
+def change(config, changes):
     """Change settings of `config` in place. Raises InputError, which names the wrong setting."""
-    if not isinstance(changes, dict):
-        raise InputError(f"{prefix[:-1] or 'the configuration'} must be a group of settings")
-    for key, value in changes.items():
-        name = prefix + key
+    known = settings(config)
+    for name, value in settings(changes).items():
+        *group, key = name.split(".")
         if key in RETIRED:
             srgan.say(f"{name} is no longer a setting; ignored")
-        elif key not in config:
-            known = settings(config, prefix)
+            continue
+        if name not in known:
             near = [other for other in known if other.split(".")[-1] == key]
             near = " or ".join(near or get_close_matches(name, known, 1))
             raise InputError(f"unknown setting {name}" + f"; did you mean {near}?" * bool(near))
-        elif isinstance(config[key], dict):
-            change(config[key], value, name + ".")
-        else:
-            (check, allowed), _ = SETTINGS.get(name) or SETTINGS[key]
-            kind = type(config[key])
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind or not check(value):      # NaN passes no check
-                raise InputError(f"{name} must be {allowed}, not {reprlib.repr(value)}")
-            config[key] = value
+        (check, allowed), _ = SETTINGS.get(name) or SETTINGS[key]
+        kind = type(known[name])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or not check(value):          # NaN passes no check
+            raise InputError(f"{name} must be {allowed}, not {value!r:.60}")
+        (config[group[0]] if group else config)[key] = value
 
 
 def settings(config, prefix=""):
-    """A configuration as {full name: value}."""
+    """A configuration as {full name: value}; full names also pass through."""
     flat = {}
     for key, value in config.items():
         name = prefix + key
-        flat |= settings(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= settings(value, f"{name}.") if value and type(value) is dict else {name: value}
     return flat
 
 
 def read_json(path):
-    """The content of a JSON file. Raises InputError."""
+    """The settings in a JSON file. Raises InputError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
+    if type(content) is not dict:
+        raise InputError(f"{path}: not a group of settings")
+    return content
 
 
 def resolve_config(args, saved=None):
@@ -175,9 +176,7 @@ def resolve_config(args, saved=None):
             raise InputError(f"--set {item}: write key=value")
         with contextlib.suppress(ValueError):                    # a word needs no quotes
             value = json.loads(value)
-        for part in reversed(name.replace("STAGE", stage).split(".")):
-            value = {part: value}
-        change(config, value)
+        change(config, {name.replace("STAGE", stage): value})
     grow = config[stage]["grow"]
     if any(size % config["scale"] for size in (config["patch_size"], *(size for _, size in grow))):
         raise InputError(f"patch_size must be a multiple of scale, {config['scale']}")
@@ -297,6 +296,7 @@ class State:
             for name, total in training["sums"].items():
                 self.sums[name].copy_(total)
             self.step, self.seconds = saved["step"], saved["seconds"]
+            self.baselines = saved.get("baselines", {})
             self.best = {name: saved["best"][name] for name in saved["best"].keys() & srgan.METRICS}
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the checkpoint cannot be resumed: {srgan.one_line(error)}") from None
@@ -305,12 +305,11 @@ class State:
 class RunFolder:
     """A run's config.json, metrics.csv, summary.json, curves.png, samples/ and checkpoints."""
 
-    def __init__(self, path, args, config, state, pairs, device, start, saved):
-        self.path, self.stage, self.config, self.state = path, args.stage, config, state
+    def __init__(self, path, args, config, state, pairs, device, start):
+        self.path, self.config, self.state = path, config, state
         self.pairs, self.metrics = pairs, srgan.usable_metrics(config["lpips"], device)
-        self.about = {"stage": args.stage, "data": args.data,
-                      "lr_data": args.lr_data or "", "val": args.val or "",
-                      "device": str(device), "torch": torch.__version__}
+        self.about = {"stage": args.stage, "data": args.data, "lr_data": args.lr_data or "",
+                      "val": args.val or "", "device": str(device), "torch": str(torch.__version__)}
         (path / "samples").mkdir(parents=True, exist_ok=True)
         srgan.write_json(path / "config.json", config)
         self.rows = []
@@ -324,26 +323,23 @@ class RunFolder:
         if args.wandb:
             import wandb
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=config)
-        state.baselines = {"bicubic": self.validate("bicubic")}
+        state.baselines["bicubic"] = self.validate(lambda lr: srgan.upsample(lr, config["scale"]))
         if start:
-            state.baselines["start"] = self.validate("start", start)
-        elif saved and "start" in saved.get("baselines", {}):
-            state.baselines["start"] = saved["baselines"]["start"]
+            state.baselines["start"] = self.validate(lambda lr: srgan.upscale(start, lr))
 
-    def validate(self, name, generator=None):
-        """Mean and standard deviation of the metrics, as evaluate.py measures them.
+    def validate(self, upscale):
+        """Mean and standard deviation of the metrics of upscale(lr), measured as by evaluate.py.
 
-        name: "bicubic", or any name for a generator. An image that cannot be measured is left out
-        from now on, with a message. Raises InputError if no image is left.
+        An image that cannot be measured is left out from now on, with a message. Raises InputError
+        if no image is left.
         """
         scale = self.config["scale"]
-        models = evaluate.make_models({name: generator} if generator else {}, [], [], scale)
-        results = evaluate.measure_all(self.pairs, {name: models[name]}, {}, scale,
+        results = evaluate.measure_all(self.pairs, {"SR": lambda lr, stem: upscale(lr)}, {}, scale,
                                        self.config["kernel"], names=self.metrics, shave=scale)
         self.pairs = [pair for pair in self.pairs if pair[0] in results]
         if not results:
             raise InputError("no image is left to validate on")
-        return srgan.aggregate([scores[name] for scores in results.values()])
+        return srgan.aggregate([scores["SR"] for scores in results.values()])
 
     def save_sample(self, path):
         """Save the centre of the first validation image: bicubic, SR and HR, side by side."""
@@ -361,16 +357,15 @@ class RunFolder:
         """Write a checkpoint of the moving average; only "latest" can be resumed."""
         state = self.state
         more = {"training": state.training()} if name == "latest" else {}
-        srgan.save_checkpoint(self.path / f"checkpoint_{name}.pth", state.average, best=state.best,
-                              stage=self.stage, step=state.step, seconds=state.seconds, **more,
-                              config=self.config, baselines=state.baselines,
-                              val=self.about["val"], lr_data=self.about["lr_data"])
+        srgan.save_checkpoint(self.path / f"checkpoint_{name}.pth", state.average, **self.about,
+                              step=state.step, seconds=state.seconds, best=state.best,
+                              baselines=state.baselines, config=self.config, **more)
 
     def end_epoch(self, row, bar, last):
         """Validate, log and save."""
         epoch, every, best = row["epoch"], self.config["checkpoint_every"], self.state.best
         if last or epoch % self.config["validate_every"] == 0:
-            scores = self.validate("SR", self.state.average)
+            scores = self.validate(lambda lr: srgan.upscale(self.state.average, lr))
             self.save_sample(self.path / f"samples/epoch_{epoch:04d}.png")
             bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(scores)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
@@ -443,10 +438,9 @@ def draw_curves(rows, baselines, path):
 
 def set_up_process(name):
     """(device, rank, number of processes); torchrun starts several."""
-    world, rank, local = (int(os.environ.get(*item)) for item in (
-        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = srgan.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                            # opens no other GPU
@@ -457,7 +451,7 @@ def set_up_process(name):
 
 
 def set_up_arithmetic(device, config):
-    """Choose the precision and TF32, and let glibc keep freed memory (1.1 times as fast)."""
+    """Choose precision and TF32; let glibc keep freed memory (1.1 times as fast on the CPU)."""
     config["precision"] = srgan.pick_precision(device, config["precision"])
     tf32 = config["precision"] != "fp32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -564,7 +558,7 @@ def make_update(config, stage, state, device, world=1):
     generator = fast(networks["generator"])
     if stage == "srresnet":
         return srgan.Update(generator, adam["generator"], losses)
-    plain = srgan.Fast(networks["discriminator"], precision)     # penalties differentiate twice
+    plain = srgan.Fast(networks["discriminator"], precision)     # compiled has no second gradient
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
     Update = srgan.Update
@@ -573,7 +567,9 @@ def make_update(config, stage, state, device, world=1):
     update = Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
                     adam["discriminator"], values["adversarial_weight"],
                     *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
-    return srgan.CriticSteps(update) if values["discriminator_steps"] > 1 else update
+    if values["discriminator_steps"] > 1:
+        return functools.partial(srgan.critic_steps, update)
+    return update
 
 
 def make_patches(args, config, images, device, rank):
@@ -591,8 +587,8 @@ def average_gradients(optimizer, *_):
     gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    means = flat.div_(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means):
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -634,14 +630,6 @@ def record_signals():
     return seen
 
 
-def any_process(flag, world, device):
-    """Whether the flag is set in any process."""
-    total = torch.tensor(float(flag), device=device)
-    if world > 1:
-        dist.all_reduce(total)
-    return total.item() > 0
-
-
 def train(state, update, data, run, config, stage, world, device):
     """The training loop. It ends after the last update, or soon after a signal in any process."""
     values, steps = config[stage], config["steps_per_epoch"]
@@ -659,10 +647,13 @@ def train(state, update, data, run, config, stage, world, device):
         end_of_epoch = state.step % steps == 0
         if end_of_epoch or state.step % 10 == 0 or (world == 1 and signals):  # waits for the GPU
             bar.set_postfix(loss=f"{losses['loss'].item():.4f}", refresh=False)
-            if any_process(not state.is_finite(), world, device):
+            flags = torch.tensor([float(not state.is_finite()), len(signals)], device=device)
+            if world > 1:
+                dist.all_reduce(flags)                           # in any process
+            not_finite, stop = flags.tolist()
+            if not_finite:
                 raise InputError(f"a loss or a weight is not finite at update {state.step}; the "
                                  "last good checkpoint is kept; --resume it with a lower --lr")
-            stop = any_process(bool(signals), world, device)
         if end_of_epoch:
             row = {"epoch": state.step // steps, "update": state.step, "lr": values["lr"] * factor,
                    "updates_per_s": (state.step - first) / (time.monotonic() - epoch_began),
@@ -697,7 +688,7 @@ def main():
     # Training.
     run = None
     if rank == 0:                                                # only this process writes
-        run = RunFolder(out, args, config, state, val_pairs, device, start, saved)
+        run = RunFolder(out, args, config, state, val_pairs, device, start)
         run.save()                                               # it can be resumed from now on
         bicubic = srgan.describe(state.baselines["bicubic"])
         origin = f", starting from {start_path}" if start else ""

@@ -19,7 +19,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-if __name__ == "__main__":                           # Ctrl-C while torch is imported
+if __name__ == "__main__":                           # Ctrl-C while torch loads
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import srgan
@@ -150,7 +150,7 @@ def plan_folder(inputs, target, ext):
 
 @contextlib.contextmanager
 def quiet_libraries():
-    """Hide what libtiff writes to stderr; open_image reports it in its own words."""
+    """Hide stderr, to which libtiff writes; open_image reports its errors in its own words."""
     with open(os.devnull, "w") as null:
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)
@@ -251,7 +251,9 @@ def main():
     if len(jobs) == len(sizes) == 1:
         done = "{}: {}x{} pixels".format(jobs[0][1], *sizes[0])
     print(f"{done}, {precision}, {time.monotonic() - began:.1f} s")
-    return 0 if not failures else 1 if len(failures) < len(planned) else 2
+    if not failures:
+        return 0
+    return 1 if len(failures) < len(planned) else 2
 
 
 if __name__ == "__main__":

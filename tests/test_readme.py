@@ -19,7 +19,7 @@ EQUATIONS = {  # words of its row; the line of code with its number, and the fun
     2: ("min-max game", "softplus(-real).mean() + F.softplus(fake).mean()", "discriminator_loss"),
     3: ("plus 10^-3 adversarial", "content + weight * adversarial", "perceptual_loss"),
     4: ("pixel MSE", "(hr - sr).square().mean()", "mse_loss"),
-    5: ("VGG19's feature maps", "(target - phi(sr)).square().mean()", "content_loss"),
+    5: ("VGG19's feature maps", "(phi(hr) - phi(sr)).square().mean()", "content_loss"),
     6: ("adversarial loss", "F.softplus(-D(sr)).mean()", "adversarial_loss"),
 }
 

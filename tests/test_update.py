@@ -54,15 +54,15 @@ def alike(one, other, tolerance=1e-9):
 
 def test_srresnet_minimises_the_weighted_sum_of_its_content_losses():
     """... and HR's features carry no gradient."""
-    phi, grad_enabled = srgan.TruncatedVGG19("1_1", "random").double(), []
-    phi.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    phi, carries = srgan.TruncatedVGG19("1_1", "random").double(), []
+    phi.register_forward_hook(lambda phi, images, maps: carries.append(maps.requires_grad))
     use, weights = types.SimpleNamespace(pixel_loss="l1", phi=phi), (0.5, 3.0, 2e-3)
     losses = {name: (weight, functools.partial(srgan.CONTENT_LOSSES[name], use=use))
               for name, weight in zip(("pixel", "content", "tv"), weights)}
     game = Game()
     (G, adam), lr, hr = clone(game.G), game.lr, game.hr
     result = srgan.Update(game.G, game.adam_G, losses)(lr, hr)
-    assert grad_enabled == [False, True]
+    assert carries == [False, True]
     sr = G(lr)
     pixel, content = (hr - sr).abs().mean(), (phi(hr).detach() - phi(sr)).pow(2).mean()
     tv = (sr.diff(dim=2).abs().sum() + sr.diff(dim=3).abs().sum()) / 4
@@ -129,7 +129,7 @@ def test_penalties_join_ds_loss_with_their_weights():
 def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once():
     game, other = (Game(penalties={"r1_penalty": 0.1}) for _ in range(2))
     batches = [(torch.rand_like(game.lr), torch.rand_like(game.hr)) for _ in range(3)]
-    result = srgan.CriticSteps(game.update)(*[tensor for pair in batches for tensor in pair])
+    result = srgan.critic_steps(game.update, *[tensor for pair in batches for tensor in pair])
     for lr, hr in batches[:2]:
         other.update.update_discriminator(other.G(lr).detach(), hr)
     expected = other.update(*batches[2])
