@@ -103,7 +103,12 @@ def measure_all(pairs, models, folders, scale, kernel, **protocol):
                 save_images(folders, stem, images, hr, row)
             results[stem] = row
         except InputError as error:
-            srgan.say(error if stem in str(error) else f"{stem}: {error}")
+            names = tuple(map(str, paths))           # the message may begin with one of them
+            srgan.say(error if str(error).startswith(names) else f"{stem}: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if not srgan.is_out_of_memory(error):
+                raise
+            srgan.say(f"{stem}: out of memory")
     return results
 
 

@@ -327,20 +327,27 @@ def find_images(path):
     return found
 
 
-def to_8_bits(image):
-    """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA". Raises InputError."""
+def to_8_bits(image, raw=""):
+    """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA". Raises InputError.
+
+    raw: Pillow's name for the pixels in the file; 16-bit grey with alpha has the mode "RGBA".
+    """
     tags = image.tag_v2 if image.format == "TIFF" else {}        # 258: bits; 262: 0 if 0 is white
     if image.mode == "F" or tags and (image.mode == "I" or tags.get(258) == (12,)):
         raise InputError("only unsigned 8-bit and 16-bit images can be read; convert it")
     if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
-        grey = (np.asarray(image, np.int32) + 128) // 257
-        return Image.fromarray(np.uint8(255 - grey if tags.get(262) == 0 else grey))
+        pixels = np.asarray(image, np.int32)
+        grey = np.uint8((pixels + 128) // 257)
+        grey = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)
+        if "transparency" in image.info:
+            grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
+        return grey
     if image.mode == "CMYK":
         with contextlib.suppress(Exception):                     # no profile, or a broken one
             from PIL import ImageCms
             return ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]),
                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    mode = "L" if image.mode in ("1", "L", "LA") or raw == "LA;16B" else "RGB"
     return image.convert(mode + "A" * image.has_transparency_data)
 
 
@@ -349,6 +356,8 @@ def info_to_keep(image):
     info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
     if image.mode == "CMYK":                                     # has become sRGB
         info.pop("icc_profile", None)
+    if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):  # 0/0 in some TIFFs
+        del info["dpi"]
     with contextlib.suppress(Exception):                         # broken EXIF raises anything
         exif, kept = image.getexif(), Image.Exif()
         for tag in EXIF_KEPT & {*exif}:
@@ -370,10 +379,11 @@ def open_image(path):
     try:
         # Not by its path: Pillow would map a plain TIFF into memory and leave it unrotated.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
+            raw = source.tile[0][3] if source.tile else ""
             source.load()                                        # turns a TIFF upright
             with contextlib.suppress(Exception):                 # broken EXIF
                 ImageOps.exif_transpose(source, in_place=True)
-            image = to_8_bits(source)
+            image = to_8_bits(source, raw)
             image.info = info_to_keep(source)
             return image
     except Image.DecompressionBombError:
@@ -625,7 +635,7 @@ class Patches:
         self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
-        self.reported = set()                                    # images left out while streaming
+        self.window, self.reported = None, set()                 # images left out while streaming
         self.resize(patch_size)
         for store in (hr, lr):
             if self.device.type == "cuda" and store and store.pixels is not None and \
@@ -634,7 +644,9 @@ class Patches:
 
     def resize(self, patch_size):
         """Draw patches of this size from now on."""
-        self.window = patch_size + 2 * MARGIN * self.scale       # including LR's margin
+        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # incl. LR's margin
+        if self.window == window:
+            return
         usable = np.ones(len(self.hr.paths), bool)
         if self.hr.size is not None:
             usable = (self.hr.size >= self.window).all(1)
@@ -999,7 +1011,8 @@ def replacing(path):
     if path.exists() and not path.is_file():
         yield path                                               # /dev/stdout
         return
-    temporary = path.with_name(f".{path.stem[:60]}~{path.suffix}")
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{name}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1091,7 +1104,7 @@ def run(main):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):        # None if closed, as by pythonw
         stream.reconfigure(errors="backslashreplace")            # odd file names
     try:
         status = main()

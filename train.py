@@ -74,7 +74,7 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "block": (one_of(*srgan.GENERATORS), "kind of residual block"),
     "tanh": (YES_NO, "Tanh after the generator's last convolution"),
     "init": (one_of(*srgan.INITS), "G starts as nearest-neighbour upsampling, or at random"),
-    "discriminator.channels": ((lambda v: v and ints(v, 1, 4096), "feature maps"),
+    "discriminator.channels": ((lambda v: v and ints(v, 1, 4096), "a list of numbers"),
                                "feature maps of each convolution of the discriminator"),
     "first_kernel": (one_of(1, 3, 5, 7, 9, 11), "kernel size of D's first convolution"),
     "norm": (one_of(*srgan.NORMS), "the discriminator's normalisation"),
@@ -99,7 +99,7 @@ SETTINGS = {  # full name of a setting, or its last part: ((check, allowed value
     "betas": ((lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
                "two numbers from 0 to below 1"), "Adam's beta1 and beta2"),
     "schedule": (one_of("constant", "step", "cosine"), "how the learning rate changes"),
-    "milestones": ((ints, "epochs"), "step: divide the rate by 10 after each"),
+    "milestones": ((ints, "a list of epochs"), "step: divide the rate by 10 after each"),
     "warmup": (COUNT, "updates during which the rate rises from 0"),
     "grow": ((lambda v: all(type(g) is list and len(g) == 2 and ints(g) and g[1] > 31 for g in v)
               and v == sorted(v), "[[epoch, size], ...]"), "larger patches from these epochs on"),
@@ -155,7 +155,7 @@ def settings(config, prefix=""):
 def read_json(path):
     """The settings in a JSON file. Raises InputError."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if type(content) is not dict:
@@ -229,6 +229,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lr_data and len(args.data) > 1:
         parser.error("--lr-data needs exactly one --data folder")
+    if "" in [*vars(args).values(), *args.data, *args.set]:
+        parser.error("an argument is empty")
     if args.wandb and not find_spec("wandb"):
         parser.error("--wandb needs a package that is not installed: pip install wandb")
     return args
@@ -444,9 +446,12 @@ def set_up_process(name):
     device = srgan.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                            # opens no other GPU
-    if world > 1:                                                # rank 0 may validate for hours
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))
+    if world > 1:
+        try:                                                     # rank 0 may validate for hours
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=12))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"torchrun: {srgan.one_line(error)}") from None
     return device, rank, world
 
 

@@ -1,6 +1,7 @@
 """Section 4: opening images, LR from HR, finding pairs."""
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -52,6 +53,21 @@ def test_tiffs_may_be_white_at_0_but_not_of_12_bits_signed_or_float(tmp_path):
                                     ("I", "i4", 339, 2), ("I", "i4", 339, 1), ("F", "f4", 339, 3)):
         with pytest.raises(srgan.InputError, match="a.tif.*only unsigned 8-bit and 16-bit images"):
             srgan.open_image(save_tiff(path, mode, GREY.astype(dtype), tag, value))
+
+
+def test_16_bit_grey_pngs_stay_grey_and_keep_their_transparency(tmp_path):
+    path, pixels = tmp_path / "a.png", GREY_16.copy()
+    pixels[0, :2] = 1000, 1001                                   # equal in 8 bits, not in 16
+    Image.frombytes("I;16", (7, 5), pixels.tobytes()).save(path, transparency=1000)
+    grey, opaque = (pixels / 257).round(), np.where(pixels == 1000, 0, 255)
+    assert is_opened_as(path, "LA", np.stack([grey, opaque], 2))
+    before, header, after = path.read_bytes().partition(b"IHDR")  # grey with alpha: by hand
+    header += after[:9] + b"\4" + after[10:13]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in LEVELS[..., :2] * 257)
+    path.write_bytes(before + header + struct.pack(">I", zlib.crc32(header)) + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IDAT", zlib.compress(rows)), (b"IEND", b""))))
+    assert is_opened_as(path, "LA", INKS[..., :2])
 
 
 def test_every_other_kind_opens_as_8_bits(tmp_path):
