@@ -11,13 +11,13 @@ neighbouring pairs, with the range of the middle half of them.
 
 The baseline of the first two is "plain": the same srgan.Update and networks without section 9, that
 is fp32, channels-first, eager, Fig. 4 as drawn. Measured on 2 cores of an AMD EPYC with
-AVX512-BF16, torch 2.15, shared with other work; no GPU has been measured:
+AVX512-BF16, torch 2.14, shared with other work; no GPU has been measured:
 
                                              plain        here   ratio (middle half)
-    SRResNet update, 16 patches of 96x96     1.17 / s   4.01 / s  3.58 (3.30 to 3.93)
-    SRGAN update with VGG54                  0.35 / s   0.82 / s  2.34 (2.26 to 2.42)
-    128x128 upscaled to 512x512              2.32 / s   8.93 / s  3.88 (3.79 to 4.00)
-    256x256 upscaled to 1024x1024            0.35 / s   2.31 / s  6.31 (6.00 to 6.70)
+    SRResNet update, 16 patches of 96x96     1.63 / s   5.28 / s  3.24 (3.13 to 3.30)
+    SRGAN update with VGG54                  0.47 / s   0.98 / s  2.10 (2.02 to 2.18)
+    128x128 upscaled to 512x512              2.61 / s  10.28 / s  3.98 (3.91 to 3.99)
+    256x256 upscaled to 1024x1024            0.52 / s   2.74 / s  5.25 (5.18 to 5.29)
 """
 import argparse
 import functools
