@@ -48,6 +48,12 @@ def test_checkpoints_of_older_versions_load(path):
     assert srgan.upscale(generator, photo(8, 9)).shape == (32, 36, 3)
 
 
+def test_json_is_valid_whatever_was_measured(tmp_path):
+    srgan.write_json(tmp_path / "a.json", {"psnr": [float("inf"), float("nan"), 1.5]})
+    assert (tmp_path / "a.json").read_text().split() == [
+        "{", '"psnr":', "[", "null,", "null,", "1.5", "]", "}"]
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)

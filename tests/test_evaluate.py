@@ -9,6 +9,7 @@ import pytest
 from conftest import photo
 from PIL import Image
 
+import evaluate
 import srgan
 import train
 
@@ -145,6 +146,13 @@ def test_what_a_user_can_cause_has_status_2(run):
                  "set/HR --ckpt val.pth --split val", "set/HR --sr empty", "set/HR --shave -1"):
         assert run("--data", *args.split())[0] == 2, args
     assert "none could be measured" in run("--data", "broken")[2]
+
+
+def test_models_of_like_names_do_not_share_a_folder():
+    models = ["bicubic", "a/b.pth", "x/a/b.v2.pth", "x/a/b.pth", "/a/b", "..", "comparison"]
+    folders = evaluate.image_folders("out", models)
+    assert len({str(path).lower() for path in folders.values()}) == len(folders) == 8
+    assert all(path.parent == Path("out") and path.name.strip(".") for path in folders.values())
 
 
 def test_lpips_is_measured_or_said_to_be_missing(script, monkeypatch):

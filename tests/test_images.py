@@ -165,3 +165,9 @@ def test_a_folder_that_mixes_hr_and_lr_is_refused(tmp_path, hr, lr):
     save(tmp_path / hr), save(tmp_path / lr, 4, 4)
     with pytest.raises(srgan.InputError, match="LR images"):
         srgan.find_pairs(tmp_path)
+
+
+def test_8_bit_images_survive_the_way_into_tensors_and_back():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(srgan.to_pixels(srgan.to_tensor(levels) * 2 - 1).numpy(), levels)
+    assert srgan.to_tensor(levels).max() == 1 and srgan.to_tensor(levels).min() == 0

@@ -2,11 +2,13 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, same
+from conftest import ROOT, SMALL, same
 
 import srgan
 
@@ -65,6 +67,15 @@ def test_sigterm_between_images_leaves_only_whole_ones(script, photos, start, mo
     assert script("upscale", photos, "out", "--ckpt", start)[0] == 143 and not [*Path().rglob(".*")]
     assert all(np.array_equal(srgan.open_rgb(path), pixels)
                for path, pixels in zip(srgan.find_images("out"), done, strict=True))
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "upscale"])
+def test_ctrl_c_while_torch_loads_ends_a_script_silently(name):
+    process = subprocess.Popen([sys.executable, ROOT / f"{name}.py"], stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_no_file_is_replaced_while_open_or_mapped(script, train, photos, monkeypatch, start):
