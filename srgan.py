@@ -1283,25 +1283,15 @@ ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) 
 PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
 
 
-class ShiftedUpdate(Update):
-    """Roll SR and HR together by a random 0 to `shift` pixels before each step.
+def shifted(step, shift):
+    """A step of Update, for which SR and HR are rolled together by 0 to `shift` random pixels.
 
     Without it, strides in D and pooling in phi favour some positions, and G learns their pattern.
     """
-
-    def __init__(self, shift, *args):
-        super().__init__(*args)
-        self.shift = shift
-
-    def update_discriminator(self, sr, hr):
-        return super().update_discriminator(*self.move(sr, hr))
-
-    def update_generator(self, sr, hr):
-        return super().update_generator(*self.move(sr, hr))
-
-    def move(self, *images):
-        move = torch.randint(self.shift + 1, (2,)).tolist()
-        return [image.roll(move, (2, 3)) for image in images]
+    def shifted_step(sr, hr):
+        move = torch.randint(shift + 1, (2,)).tolist()
+        return step(sr.roll(move, (2, 3)), hr.roll(move, (2, 3)))
+    return shifted_step
 
 
 def critic_steps(update, *batches):

@@ -566,12 +566,12 @@ def make_update(config, stage, state, device, world=1):
     plain = srgan.Fast(networks["discriminator"], precision)     # compiled has no second gradient
     penalties = {name: (values[name], functools.partial(penalty, plain))
                  for name, penalty in srgan.PENALTIES.items() if values[name]}
-    Update = srgan.Update
-    if values["shift"]:
-        Update = functools.partial(srgan.ShiftedUpdate, values["shift"])
-    update = Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
-                    adam["discriminator"], values["adversarial_weight"],
-                    *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
+    update = srgan.Update(generator, adam["generator"], losses, fast(networks["discriminator"]),
+                          adam["discriminator"], values["adversarial_weight"],
+                          *srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]], penalties)
+    if shift := values["shift"]:
+        update.update_discriminator = srgan.shifted(update.update_discriminator, shift)
+        update.update_generator = srgan.shifted(update.update_generator, shift)
     if values["discriminator_steps"] > 1:
         return functools.partial(srgan.critic_steps, update)
     return update

@@ -139,7 +139,8 @@ def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once():
 def test_shifted_steps_see_sr_and_hr_moved_together():
     game, seen, moves = Game(), [], set()
     losses = {"pixel": (1.0, lambda sr, hr: seen.append((sr, hr)) or srgan.mse_loss(sr, hr))}
-    update = srgan.ShiftedUpdate(3, game.G, game.adam_G, losses, game.D, game.adam_D)
+    update = srgan.Update(game.G, game.adam_G, losses)
+    update.update_generator = srgan.shifted(update.update_generator, 3)
     for _ in range(20):
         sr = game.G(game.lr)
         update(game.lr, game.hr)
