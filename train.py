@@ -295,8 +295,8 @@ class State:
                 if f"{name}_optimizer" in training:              # saved by an older version
                     training |= {f"{name}_adam": training[f"{name}_optimizer"]["state"], "sums": {}}
                 adam.load_state_dict(adam.state_dict() | {"state": training[f"{name}_adam"]})
-            for name, total in training["sums"].items():
-                self.sums[name].copy_(total)
+            for name in training["sums"].keys() & self.sums:     # losses come and go by version
+                self.sums[name].copy_(training["sums"][name])
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.baselines = saved.get("baselines", {})
             self.best = {name: saved["best"][name] for name in saved["best"].keys() & srgan.METRICS}
