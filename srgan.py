@@ -691,7 +691,7 @@ class Patches:
                 try:
                     found.append(self.cut(*drawn))
                 except InputError as error:
-                    if str(error) not in self.reported:             # once per image
+                    if str(error) not in self.reported:          # once per image
                         self.reported.add(str(error))
                         say(f"left out: {error}")
             if len(found) == n:
@@ -867,7 +867,7 @@ def describe(metrics):
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
     h, w, _ = images[0].shape
-    longest = max("\n".join(labels).split("\n"), key=len)
+    longest = max("\n".join(labels).split("\n"), key=ImageFont.load_default(24).getlength)
     size = next((n for n in range(24, 8, -1)
                  if ImageFont.load_default(n).getlength(longest) <= w), 8)
     height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
@@ -977,7 +977,8 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
 
 def is_out_of_memory(error):
     """Whether an error of torch, CUDA, cuDNN, cuBLAS or oneDNN means that memory ran out."""
-    words = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
+             "create a memory object")
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
