@@ -327,7 +327,7 @@ def find_images(path):
     return found
 
 
-def to_8_bits(image, raw=""):
+def to_8_bits(image, raw):
     """Convert a PIL.Image of any mode to "L", "LA", "RGB" or "RGBA". Raises InputError.
 
     raw: Pillow's name for the pixels in the file; 16-bit grey with alpha has the mode "RGBA".
@@ -1105,8 +1105,10 @@ def run(main):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
-    for stream in filter(None, (sys.stdout, sys.stderr)):        # None if closed, as by pythonw
-        stream.reconfigure(errors="backslashreplace")            # odd file names
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                           # closed, for example by cron
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # odd file names
     try:
         status = main()
     except (InputError, OSError) as error:

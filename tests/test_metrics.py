@@ -28,6 +28,17 @@ def test_psnr_and_ssim_agree_with_scikit_image_and_with_simple_cases_by_hand():
         srgan.psnr(black, white[:, :1])                          # torch would broadcast it
 
 
+@pytest.mark.parametrize("metric, side, h, words", [
+    (srgan.psnr, 63, 64, "sizes"), (srgan.psnr, 8, 8, "nothing is left"),
+    (srgan.ssim, 16, 16, "11x11"), (srgan.lpips, 31, 31, "32x32")])
+def test_sizes_that_differ_or_are_too_small_and_other_types_are_refused(metric, side, h, words):
+    sr, hr = pair()
+    with pytest.raises(ValueError, match=words):
+        metric(sr[:side], hr[:h])
+    with pytest.raises(ValueError, match="uint8"):
+        srgan.psnr(sr / 255, hr / 255)
+
+
 @pytest.mark.parametrize("metric", [srgan.psnr, srgan.ssim])
 def test_the_border_is_left_out(metric):
     sr, hr = pair()

@@ -69,6 +69,15 @@ def test_generators_can_start_as_nearest_neighbour_upsampling(block, scale):
     assert torch.allclose(g(x), expected, atol=1e-5)
 
 
+def test_the_strict_generator_starts_with_torchs_weights_and_has_no_tanh():
+    torch.manual_seed(7)
+    g = srgan.Generator(channels=8, n_blocks=1, tanh=False)
+    srgan.INITS["torch"](g)
+    torch.manual_seed(7)
+    assert torch.equal(g.head[0].weight, nn.Conv2d(3, 8, 9).weight)   # the first that is drawn
+    assert "Tanh" not in notation(g) and g.arch["tanh"] is False and "init" not in g.arch
+
+
 def test_rrdbs_take_the_place_of_residual_blocks():
     g = randomised(srgan.make_generator("rrdb", channels=16, n_blocks=2), 0.05)
     one, two, three = g.blocks[0].body

@@ -1,5 +1,6 @@
 """Killed runs, interrupted scripts, the rules of Windows."""
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -78,9 +79,10 @@ def test_ctrl_c_while_torch_loads_ends_a_script_silently(name):
     assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
 
 
-def test_no_file_is_replaced_while_open_or_mapped(script, train, photos, monkeypatch, start):
-    """Windows does not allow it. In all three scripts."""
-    replaced, real_replace = [], os.replace
+def test_no_file_is_replaced_while_open_or_mapped_nor_synced_if_opened_for_reading(
+        script, train, photos, monkeypatch, start):
+    """Windows allows neither; in all three scripts."""
+    replaced, synced, real_replace, real_fsync = [], [], os.replace, os.fsync
 
     def replace(source, target):
         used = {os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()}
@@ -89,7 +91,11 @@ def test_no_file_is_replaced_while_open_or_mapped(script, train, photos, monkeyp
         assert used.isdisjoint({os.path.realpath(source), os.path.realpath(target)})
         replaced.append(Path(target).name)
         real_replace(source, target)
-    monkeypatch.setattr(os, "replace", replace)
+
+    def fsync(file):
+        synced.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+        real_fsync(file)
+    monkeypatch.setattr(os, "replace", replace), monkeypatch.setattr(os, "fsync", fsync)
     for args in (("srresnet", "--epochs", 1), ("gan", "--epochs", 1, "--init", start),
                  ("gan", "--epochs", 2, "--resume")):
         assert train(*args)[0] == 0
@@ -101,4 +107,11 @@ def test_no_file_is_replaced_while_open_or_mapped(script, train, photos, monkeyp
         assert script(*args)[0] == 0
     assert {"metrics.csv", "config.json", "summary.json", "checkpoint_latest.pth", "epoch_0001.png",
             "m.json", "m.csv", "sr.png"} <= {*replaced}
-    assert any(name.endswith(".pixels") for name in replaced)
+    assert any(name.endswith(".pixels") for name in replaced) and synced and all(synced)
+
+
+def test_closed_streams_do_no_harm(photos, start, tmp_path):
+    """As under cron."""
+    command = [sys.executable, ROOT / "upscale.py", photos / "p0.png", "b.png", "--ckpt", start]
+    subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command], cwd=tmp_path, check=True)
+    assert (tmp_path / "b.png").exists()

@@ -1,6 +1,7 @@
 """train.py: both stages, the run folder, resuming, and what ends a run."""
 import copy
 import csv
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -190,6 +192,19 @@ def test_the_best_checkpoints_are_the_highest_psnr_and_ssim_and_the_lowest_lpips
     out = tmp_path / "runs/srresnet"
     assert {name: srgan.load_checkpoint(out / f"checkpoint_best_{name}.pth")["step"]
             for name in values} == {"psnr": 2, "ssim": 1, "lpips": 2}
+
+
+def test_weights_and_biases_gets_what_metrics_csv_gets(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in run("srresnet", "--wandb", fails=True)
+    logged, wandb = [], types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **_: types.SimpleNamespace(
+        log=lambda row, step: logged.append((step, row["psnr"])), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run("srresnet", "--wandb", epochs=2)
+    assert logged == [(int(row["update"]), float(row["psnr"]))
+                      for row in rows(tmp_path / "runs/srresnet")]
 
 
 def test_a_run_is_not_overwritten(run, tmp_path):

@@ -136,6 +136,14 @@ def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once():
     assert result == expected and alike(game.G, other.G, 0) and alike(game.D, other.D, 0)
 
 
+def test_a_discriminator_that_is_always_right_still_gives_a_gradient():
+    """Eq. 6 does not saturate: as D(SR) goes to 0, its derivative by the logit goes to -1."""
+    fake = torch.full((4,), -1e4, requires_grad=True)
+    srgan.adversarial_loss(lambda x: x, fake).backward()
+    assert torch.allclose(fake.grad, torch.full((4,), -0.25))
+    assert srgan.discriminator_loss(fake.detach(), -fake.detach()) == 0   # no log of 0
+
+
 def test_shifted_steps_see_sr_and_hr_moved_together():
     game, seen, moves = Game(), [], set()
     losses = {"pixel": (1.0, lambda sr, hr: seen.append((sr, hr)) or srgan.mse_loss(sr, hr))}

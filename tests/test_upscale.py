@@ -211,3 +211,24 @@ def test_models_and_blends_come_from_the_weights_folder(script, tmp_path, monkey
         return np.asarray(Image.open(tmp_path / "out.png"), float).mean()
     assert mean() == mean("--model", "srgan") == mean("--blend", "1")
     assert mean("--model", "srresnet") == mean("--blend", "0") < mean("--blend", "0.5") < mean()
+
+
+def test_impossible_options_are_refused(script):
+    for line in """--blend 1.5 | --blend nan | --outscale 0 | --outscale nan | --tile -1 | --ckpt=
+                   --ckpt x --model srgan | --blend 1 --model srgan | --max-megapixels nan
+                   """.replace("|", "\n").strip().split("\n"):
+        assert script("upscale", "a.png", "out.png", *line.split())[0] == 2, line
+    for empty in (("", "out.png"), ("a.png", "")):
+        assert "is empty" in script("upscale", *empty)[2]
+
+
+def test_libtiffs_own_messages_do_not_appear(tmp_path, capfd):
+    path = tmp_path / "a.tif"
+    RGB.save(path, compression="tiff_lzw")
+    data = bytearray(path.read_bytes())
+    data[400] ^= 0xff
+    path.write_bytes(data)
+    for read in (functools.partial(upscale.decode, result=path, scale=4), srgan.open_image):
+        with pytest.raises(srgan.InputError, match="a.tif"):
+            read(path)
+        assert bool(capfd.readouterr().err) == (read is srgan.open_image)   # there are some
