@@ -441,6 +441,8 @@ def draw_curves(rows, baselines, path):
 def set_up_process(name):
     """(device, rank, number of processes); torchrun starts several."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1 and ":" in name:
+        raise InputError("torchrun gives each process its own GPU: use --device cuda")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = srgan.pick_device(name)

@@ -327,6 +327,13 @@ def test_what_a_user_can_cause_is_named_in_one_line(run, photos, tmp_path, start
 
 # Several processes and GPUs
 
+@pytest.mark.parametrize("device, words", [("cuda:1", "--device cuda"), ("cpu", "torchrun")])
+def test_a_process_that_torchrun_did_not_start_or_that_names_a_gpu_is_refused(
+        run, monkeypatch, device, words):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "0")
+    assert words in run("srresnet", "--device", device, fails=True)
+
+
 def test_two_processes_learn_as_one_from_the_mean_of_their_gradients_and_one_can_resume(
         run, photos, start, tmp_path, monkeypatch):
     """Beta 0 makes Adam's first moment the gradient; two runs give that of each process."""
