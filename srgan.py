@@ -298,7 +298,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # not EPS, which runs Ghostscript
 EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
-MARGIN = 2                                # a patch's LR depends on HR up to 2 LR pixels outside it
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
 
@@ -411,51 +410,64 @@ def to_pixels(sr):
     return sr.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
-def round_to_8_bits(x):
-    """Values in [0, 1] -> the nearest of 0, 1/255, ..., 1."""
-    return x.clamp(0, 1).mul(255).round().div(255)
+def weighted_sums(x, taps, dim, stride=1):
+    """Sums of len(taps) neighbours along `dim`, weighted by taps, at every stride-th position.
 
-
-def reduce_bicubic(hr, scale):
-    """Pillow's BICUBIC (a = -0.5, antialiased): across, rounded to 8 bits, then down."""
-    h, w = hr.shape[2:]
-    lr = F.interpolate(hr, size=(h, w // scale), mode="bicubic", antialias=True)
-    lr = round_to_8_bits(lr)
-    return F.interpolate(lr, size=(h // scale, w // scale), mode="bicubic", antialias=True)
-
-
-def blur(x, taps, sigma, stride=1):
-    """Gaussian blur: [..., C, H, W] -> [..., C, H - k + 1, W - k + 1], every stride-th pixel.
-
-    taps: where the k weights of the kernel lie, in pixels from its centre.
+    A product and a sum instead of a convolution, whose factors some libraries round (TF32).
     """
-    weight = torch.softmax(-taps ** 2 / (2 * sigma ** 2), dim=0)  # exp(-d^2 / 2 sigma^2)
-    y = x.reshape(-1, 1, *x.shape[-2:])
-    y = F.conv2d(y, weight.view(1, 1, -1, 1), stride=(stride, 1))
-    y = F.conv2d(y, weight.view(1, 1, 1, -1), stride=(1, stride))
-    return y.view(*x.shape[:-2], *y.shape[-2:])
+    return (x.unfold(dim, len(taps), stride) * taps).sum(-1)
 
 
-def reduce_gaussian(hr, scale):
-    """Sec. 2, which gives no sigma: Gaussian blur of sigma 0.4 scale, then every scale-th pixel."""
-    margin = 5 * scale // 4                                      # the taps reach 3 to 4 sigma
-    taps = torch.arange(-margin, scale + margin, device=hr.device) - (scale - 1) / 2
-    return blur(F.pad(hr, [margin] * 4, mode="replicate"), taps, 0.4 * scale, scale)
+def bicubic_taps(scale):
+    """The bicubic kernel (Keys 1981, a = -0.5), stretched by scale: 4 scale weights, sum 1.
+
+    They are multiples of powers of two, which float32 holds exactly.
+    """
+    distance = (torch.arange(4 * scale) - 2 * scale + 0.5).abs() / scale       # in LR pixels
+    near = 1.5 * distance ** 3 - 2.5 * distance ** 2 + 1                       # from 0 to 1
+    far = -0.5 * distance ** 3 + 2.5 * distance ** 2 - 4 * distance + 2        # from 1 to 2
+    return torch.where(distance < 1, near, far) / scale
 
 
-KERNELS = {"bicubic": reduce_bicubic, "gaussian": reduce_gaussian}
+def gaussian_taps(scale):
+    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), cut off beyond 3 sigma; sum 1."""
+    n = scale + 2 * (5 * scale // 4)                             # LR pixel and 1.25 on each side
+    return gaussian(n, 0.4 * scale)
+
+
+def gaussian(n, sigma):
+    """n weights exp(-d^2 / 2 sigma^2), d from the centre, divided by their sum. -> float64 [n]"""
+    distance = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
+    return torch.softmax(-distance ** 2 / (2 * sigma ** 2), dim=0)
+
+
+KERNELS = {"bicubic": bicubic_taps, "gaussian": gaussian_taps}   # name: weights for a scale
+
+
+def reach(kernel, scale):
+    """How far an LR pixel sees beyond its own HR pixels: in HR pixels, on each side."""
+    return (len(KERNELS[kernel](scale)) - scale) // 2
 
 
 def downsample(hr, scale=4, kernel="bicubic"):
     """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
 
-    kernel: "bicubic" (Sec. 3.2, within one grey level of Pillow's) or "gaussian" (Sec. 2).
-    Raises ValueError unless H and W are multiples of scale.
+    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). Like the LR images of Set5, Set14, BSD100
+    and Urban100, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits (half
+    up), then horizontally; pixels outside the image repeat its border. Raises ValueError unless
+    H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
-    return round_to_8_bits(KERNELS[kernel](hr, scale))
+    taps = KERNELS[kernel](scale).to(hr)
+    border = [reach(kernel, scale)] * 4
+    x = F.pad(hr.contiguous(), border, mode="replicate")
+    x = (x * 255).round() - 128                                  # so small that float32 sums are
+    for dim in (2, 3):                                           # exact at every scale
+        x = weighted_sums(x, taps, dim, scale)
+        x = (x + 0.5).floor().clamp(-128, 127)
+    return (x + 128) / 255
 
 
 def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
@@ -635,6 +647,7 @@ class Patches:
         self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
         self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
         self.device, self.seed, self.rank = torch.device(device), seed, rank
+        self.margin = math.ceil(reach(kernel, scale) / scale)    # around a patch, in LR pixels
         self.window, self.reported = None, set()                 # images left out while streaming
         self.resize(patch_size)
         for store in (hr, lr):
@@ -644,7 +657,7 @@ class Patches:
 
     def resize(self, patch_size):
         """Draw patches of this size from now on."""
-        window, self.window = self.window, patch_size + 2 * MARGIN * self.scale  # incl. LR's margin
+        window, self.window = self.window, patch_size + 2 * self.margin * self.scale
         if self.window == window:
             return
         usable = np.ones(len(self.hr.paths), bool)
@@ -719,7 +732,8 @@ class Patches:
         for hr, *lr in (self.stream(n, first, last) if self.hr.pixels is None else stored):
             hr = self.upload(hr)                                 # [n, 3, window, window]
             lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
-            lr, hr = F.pad(lr, [-MARGIN] * 4), F.pad(hr, [-MARGIN * self.scale] * 4) * 2 - 1
+            lr = F.pad(lr, [-self.margin] * 4)
+            hr = F.pad(hr, [-self.margin * self.scale] * 4) * 2 - 1
             yield tuple(x.contiguous(memory_format=torch.channels_last) for x in (lr, hr))
 
     def upload(self, windows):
@@ -787,8 +801,10 @@ def ssim(sr, hr, shave=4, luma=True):
     x, y = planes(sr, hr, shave, luma)
     if min(x.shape[-2:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the border")
-    taps = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
-    mean = functools.partial(blur, taps=taps, sigma=1.5)         # weighted by the window
+    window = gaussian(11, 1.5).to(x)
+
+    def mean(x):                                                 # weighted by the window
+        return weighted_sums(weighted_sums(x, window, -2), window, -1)
     mu_x, mu_y = mean(x), mean(y)
     var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
     covariance = mean(x * y) - mu_x * mu_y
