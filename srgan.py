@@ -110,7 +110,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses."""
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -1239,8 +1239,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A new
-#    loss, network or norm is one function or class here, one row in its table, one setting.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1639,19 +1639,27 @@ def demonstrate():
     torch.manual_seed(0)
     G = Generator()
     D = Discriminator()
-    phi = TruncatedVGG19("2_2", weights="random")                 # no download: its values are noise
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
     adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
     adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
-    for name, network in (("G", G), ("D", D)):
-        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
-    lr = torch.rand(4, 3, 24, 24)                                 # LR in [0, 1]
-    hr = torch.rand(4, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
-    print(f"LR {list(lr.shape)} -> SR {list(G(lr).shape)} -> logits {list(D(hr).shape)}")
-    steps = {"SRResNet": srresnet_step(G, adam_G, mse_loss, lr, hr),
-             "SRGAN": srgan_step(G, D, adam_G, adam_D, functools.partial(content_loss, phi), lr, hr)}
-    for name, losses in steps.items():
-        print(name, {key: round(loss.item(), 4) for key, loss in losses.items()})
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("one step of SRResNet: " + describe_losses(losses))
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("one step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
 
 
 if __name__ == "__main__":
