@@ -4,21 +4,23 @@ Using a Generative Adversarial Network", CVPR 2017, arXiv:1609.04802.
 The paper
     1. Networks           generator and discriminator                   Sec. 2.1, Fig. 4
     2. Losses             pixel, content, adversarial, perceptual       Sec. 2.2, Eq. 3 to 6
-    3. Training           one update of D and of G, alternating         Eq. 1 and 2, Sec. 3.2
+    3. Training           one step of SRResNet, one step of SRGAN       Eq. 1 and 2, Sec. 3.2
 What surrounds it
     4. Data               open images, make LR from HR, draw patches    Sec. 3.2
     5. Metrics            PSNR, SSIM, LPIPS                             Sec. 3.1
     6. Upscaling          whole images, in tiles that leave no trace
     7. Checkpoints        what train.py writes and every script reads
-    8. Beyond the paper   initialisation, networks, losses, updates
+    8. Beyond the paper   initialisation, networks, losses, penalties
     9. Speed              the same mathematics, computed faster
 
-Sections 1 to 3 are the paper, and say where they add to it. Symbols: G, D, LR, HR, SR = G(LR).
+Sections 1 to 3 contain only what is in the paper; every addition is marked. The paper's symbols are
+used throughout: G and D are the generator and the discriminator, LR is a low-resolution image, HR
+the original that it was made from, and SR = G(LR) the network's answer.
 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
+`python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
-# Sections 1 to 3 need only torch and math; the rest serves what surrounds them.
 import contextlib
 import copy
 import functools
@@ -41,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock  # comes with torch
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -71,12 +73,16 @@ class ResidualBlock(nn.Module):
 class Generator(nn.Module):
     """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
-    1,547,350 parameters at scale 4; `scale` is 2, 4 or 8. tanh: whether SR is kept in [-1, 1] by a
-    Tanh, which the paper does not mention and nearly every implementation has.
-    """
-    block = "residual"                                            # its name in section 8's table
+        LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
+             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
+             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
+    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
+    """
+    block = "residual"                                            # its name in GENERATORS (sec. 8)
+
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__()
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
                      "block": self.block}                         # saved with the weights
@@ -86,11 +92,13 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(
             *[ResidualBlock(n) for _ in range(n_blocks)])         # B residual blocks
         self.fuse = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False), nn.BatchNorm2d(n))       # k3n64s1, BN
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
+            nn.BatchNorm2d(n))
         self.upsample = nn.Sequential()
         for _ in range(int(math.log2(scale))):
-            self.upsample.extend([
-                nn.Conv2d(n, 4 * n, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()])  # k3n256s1
+            self.upsample.append(nn.Conv2d(n, 4 * n, 3, padding=1))             # k3n256s1
+            self.upsample.append(nn.PixelShuffle(2))              # [N, 4 n, h, w] -> [N, n, 2h, 2w]
+            self.upsample.append(nn.PReLU())
         self.tail = nn.Conv2d(n, 3, 9, padding=4)                 # k9n3s1
         self.output = nn.Tanh() if tanh else nn.Identity()
 
@@ -98,37 +106,38 @@ class Generator(nn.Module):
         x = self.head(lr)                                         # [N, 64, h, w]
         x = x + self.fuse(self.blocks(x))                         # [N, 64, h, w], long skip
         x = self.upsample(x)                                      # [N, 64, 4h, 4w]
-        return self.output(self.tail(x))                          # [N, 3, 4h, 4w] in [-1, 1]
+        return self.output(self.tail(x))                          # [N, 3, 4h, 4w]
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
 
-    Built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features. Beyond the
-    paper (section 8) are other `channels`, a `first_kernel` that is not 3, norm="instance", and
-    `pool`, which averages the features to pool x pool positions so that any patch size fits.
-    """
-
-    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
-                 first_kernel=3, norm="batch", pool=0):
+    def __init__(self, patch_size=96):
         super().__init__()
-        layers = [nn.Conv2d(3, channels[0], first_kernel, padding=first_kernel // 2),
-                  nn.LeakyReLU(0.2)]                              # k3n64s1, LeakyReLU
-        for i, (n_in, n) in enumerate(zip(channels, channels[1:])):
-            stride = 1 if i % 2 else 2                            # n64s2 n128s1 n128s2 ... n512s2
-            layers += [nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False),
-                       NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
-        if pool:
-            layers.append(nn.AdaptiveAvgPool2d(pool))
-        self.features = nn.Sequential(*layers)
-        side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))       # 96 -> 6
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(0.2),    # k3n64s1
+            discriminator_block(64, 64, stride=2),                # k3n64s2
+            discriminator_block(64, 128, stride=1),               # k3n128s1
+            discriminator_block(128, 128, stride=2),              # k3n128s2
+            discriminator_block(128, 256, stride=1),              # k3n256s1
+            discriminator_block(256, 256, stride=2),              # k3n256s2
+            discriminator_block(256, 512, stride=1),              # k3n512s1
+            discriminator_block(512, 512, stride=2))              # k3n512s2
+        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024),         # dense 1024
-            nn.LeakyReLU(0.2), nn.Linear(1024, 1))                             # dense 1
+            nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
+            nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
 
     def forward(self, x):                                         # [N, 3, 96, 96] in [-1, 1]
         x = self.features(x)                                      # [N, 512, 6, 6]
         return self.classifier(x).squeeze(1)                      # [N]
+
+
+def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
+    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2."""
+    return nn.Sequential(
+        nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False), norm(n, affine=True),
+        nn.LeakyReLU(0.2))
 
 
 # ==================================================================================================
@@ -136,10 +145,7 @@ class Discriminator(nn.Module):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
-
-    The mean includes the three colours, which Eq. 4 does not mention.
-    """
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
@@ -153,13 +159,13 @@ class ContentNetwork(nn.Module):
     def __init__(self, features, divisor=12.75):
         super().__init__()
         self.features = features.eval().requires_grad_(False)
+        self.divisor = divisor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.register_buffer("divisor", torch.tensor(divisor).view(1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x):                                         # [N, 3, H, W] in [-1, 1]
         x = ((x + 1) / 2 - self.mean) / self.std
-        return self.features(x) / self.divisor
+        return self.features(x).float() / self.divisor            # [N, C, h, w]
 
 
 class TruncatedVGG19(ContentNetwork):
@@ -174,115 +180,111 @@ class TruncatedVGG19(ContentNetwork):
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
 
     def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
-        modules, n_in = [], 3
+        features = nn.Sequential()
+        n_in = 3
         for name in self.layers[:self.layers.index(layer) + 1]:
             i, j = map(int, name.split("_"))
-            n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512
+            n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512 maps
             if i > 1 and j == 1:
-                modules.append(nn.MaxPool2d(2))
-            modules += [nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()]
+                features.append(nn.MaxPool2d(2))
+            features.append(nn.Conv2d(n_in, n, 3, padding=1))
+            features.append(nn.ReLU())
             n_in = n
-        super().__init__(load_features(nn.Sequential(*modules), weights, VGG19_URL), divisor)
+        load_features(features, weights, VGG19_URL)               # section 7
+        super().__init__(features, divisor)
 
 
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
-    divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54.
+    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
+    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
-def total_variation(sr):
-    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
+def adversarial_loss(D, sr):
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
-    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
-    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
+    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
     """
-    down, right = sr.diff(dim=2), sr.diff(dim=3)
-    return (down.abs().sum() + right.abs().sum()) / len(sr)
+    return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
 
-def adversarial_loss(D, sr, hr=None):
-    """Eq. 6, l_Gen: -log D(SR), here the mean over the batch instead of its sum. -> scalar
-
-    Eq. 2 would have G minimise log(1 - D(SR)); -log D(SR) has better gradients (Sec. 2.2.2). D
-    returns logits x, and -log(sigmoid(x)) = softplus(-x). Only relativistic losses use `hr`.
-    """
-    return F.softplus(-D(sr)).mean()                              # Eq. 6
-
-
-def perceptual_loss(content, adversarial, weight=1e-3):
+def perceptual_loss(l_x, l_gen, weight=1e-3):
     """Eq. 3, l^SR: content loss (Eq. 4 or 5) and adversarial loss (Eq. 6). Scalars -> scalar."""
-    return content + weight * adversarial                         # Eq. 3
+    return l_x + weight * l_gen                                   # Eq. 3
 
 
 # ==================================================================================================
-# 3. Training. SRResNet minimises a content loss alone: Eq. 1, where l^SR is Eq. 4 (or 5). SRGAN
-#    starts from it and plays the game of Eq. 2, where G minimises the perceptual loss of Eq. 3.
+# 3. Training. SRResNet minimises a content loss alone (Eq. 1). SRGAN starts from SRResNet: D and G
+#    play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
 
-def discriminator_loss(fake, real):
-    """D's side of Eq. 2, negated to be minimised: -log D(HR) - log(1 - D(SR)). -> scalar
+def srresnet_step(G, adam, content, lr, hr):
+    """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
-    Logits [N]: fake = D(SR), real = D(HR); -log(1 - sigmoid(x)) = softplus(x).
+    content: a function of SR and HR; in the paper, Eq. 4.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
     """
-    return F.softplus(-real).mean() + F.softplus(fake).mean()     # Eq. 2, max over D
+    sr = G(lr)                                                    # [N, 3, 4h, 4w]
+    l_sr = content(sr, hr)                                        # Eq. 4
+    minimize(l_sr, adam)                                          # Eq. 1
+    return {"loss": l_sr}
 
 
-class Update:
-    """One update of D and then of G (Sec. 3.2 alternates, k = 1); without a D, of G alone.
+def discriminator_loss(real, fake):
+    """D's side of Eq. 2, negated so that it is minimised. real = D(HR), fake = D(SR): logits [N].
 
-    content_losses: {name: (weight, function of SR and HR)}; the paper has one, SRResNet-VGG22 two.
-    penalties: the same for D's loss; the paper has none. Section 8 has some, and other adversarial
-    losses. Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
-    {name: scalar}: G's losses, unweighted; "loss", their weighted sum; D's loss and mean logits.
+    1 - sigmoid(x) = sigmoid(-x), so the second logarithm is that of 1 - D(SR).
     """
+    return -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()  # -log D(HR) - log(1 - D(SR))
 
-    def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
-                 adversarial_loss=adversarial_loss, discriminator_loss=discriminator_loss,
-                 penalties=None):
-        self.G, self.adam_G, self.D, self.adam_D = G, adam_G, D, adam_D
-        self.content_losses, self.adversarial_weight = content_losses, adversarial_weight
-        self.adversarial_loss, self.discriminator_loss = adversarial_loss, discriminator_loss
-        self.penalties = penalties or {}
 
-    def __call__(self, lr, hr):                                   # [N, 3, 24, 24], [N, 3, 96, 96]
-        sr = self.G(lr)                                           # [N, 3, 96, 96]
-        if self.D is None:                                        # SRResNet
-            return self.update_generator(sr, hr)
-        return self.update_discriminator(sr.detach(), hr) | self.update_generator(sr, hr)
+def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
+    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    def update_discriminator(self, sr, hr):
-        """The max over D of Eq. 2, as the min of its negative."""
-        self.D.requires_grad_(True)
-        real, fake = self.D(hr), self.D(sr)                       # logits [N]
-        loss = self.discriminator_loss(fake, real)                # Eq. 2
-        for weight, penalty in self.penalties.values():
-            loss = loss + weight * penalty(sr, hr)
-        minimize(loss, self.adam_D)
-        self.D.requires_grad_(False)                              # fixed while G learns
-        return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
+    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
+    HR. Returns {name: scalar}.
+    """
+    D.requires_grad_(True)
+    real = D(hr)                                                  # [N]; two passes, because batch
+    fake = D(sr)                                                  # [N]  norm must not mix HR and SR
+    loss = d_loss(real, fake)                                     # Eq. 2, the max over D
+    if penalty is not None:
+        loss = loss + penalty(sr, hr)
+    minimize(loss, adam)
+    D.requires_grad_(False)                                       # D is fixed while G learns
+    return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
-    def update_generator(self, sr, hr):
-        """A step towards Eq. 1: theta_G minimises l^SR. Eq. 6 stands in for G's side of Eq. 2."""
-        losses, content = {}, 0
-        for name, (weight, content_loss) in self.content_losses.items():
-            losses[name] = content_loss(sr, hr)                   # Eq. 4 or 5
-            content = content + weight * losses[name]
-        loss = content                                            # SRResNet
-        if self.D is not None:                                    # SRGAN
-            losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
-            loss = perceptual_loss(content, losses["adversarial"], self.adversarial_weight)  # Eq. 3
-        minimize(loss, self.adam_G)                               # Eq. 1
-        return losses | {"loss": loss}
+
+def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=adversarial_loss,
+               d_loss=discriminator_loss, penalty=None):
+    """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
+
+    content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
+    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
+    """
+    sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
+
+    # D learns to tell HR from SR.
+    losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
+
+    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
+    # G's side of Eq. 2, because its gradients do not vanish.
+    l_x = content(sr, hr)                                         # Eq. 5
+    l_gen = g_loss(D, sr)                                         # Eq. 6
+    l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
+    minimize(l_sr, adam_G)                                        # Eq. 1
+    losses["loss"] = l_sr
+    losses["adversarial"] = l_gen
+    return losses
 
 
 def minimize(loss, adam):
-    """One step of Adam (Sec. 3.2: beta1 = 0.9, rate 1e-4, later 1e-5) down the loss's gradient."""
+    """One step of Adam down the loss's gradient (Sec. 3.2: beta1 = 0.9; rate 1e-4, then 1e-5)."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -619,28 +621,48 @@ class Store:
     """
 
     def __init__(self, paths, cache="cache", mode="auto"):
-        self.paths, self.size, self.pixels = list(paths), None, None
+        self.paths = list(paths)
+        self.pixels = None                                       # if the images are not stored
+        self.sizes = None
         Path(cache).mkdir(parents=True, exist_ok=True)
-        if mode == "never" or mode == "auto" and self.is_too_large(cache):
+        if mode == "never" or (mode == "auto" and self.is_too_large(cache)):
             return
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        file = Path(cache, hashlib.sha256(repr(key).encode()).hexdigest()[:20] + ".pixels")
+
+        # The file that holds these images, as they are now.
+        key = []
+        for path in self.paths:
+            stat = os.stat(path)
+            key.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
+        file = Path(cache, f"{name}.pixels")
         with FileLock(f"{file}.lock"):                           # another process may be writing it
-            if not file.exists():
+            if not (file.exists() and self.open(file)):
                 self.decode(file)
+                self.open(file)
+
+    def open(self, file):
+        """Map the file into memory. Returns False if it is not whole."""
+        n_sizes = 16 * len(self.paths)
+        if file.stat().st_size < n_sizes:
+            return False
         mapped = np.memmap(file, np.uint8, "c")                  # copy-on-write, as torch requires
-        pixels, size = np.split(mapped, [-16 * len(self.paths)])
-        self.size = np.array(size.view(np.int64).reshape(-1, 2))  # heights and widths
-        self.start = np.cumsum(self.size.prod(1)) - self.size.prod(1)
-        self.pixels = torch.from_numpy(pixels).view(-1, 3)
+        sizes = mapped[-n_sizes:].view(np.int64).reshape(-1, 2)  # heights and widths
+        n_pixels = sizes.prod(1)
+        if (sizes < 0).any() or 3 * n_pixels.sum() + n_sizes != len(mapped):
+            return False
+        self.sizes = np.array(sizes)
+        self.start = np.cumsum(n_pixels) - n_pixels              # of each image, in pixels
+        self.pixels = torch.from_numpy(mapped[:-n_sizes]).view(-1, 3)
+        return True
 
     def is_too_large(self, cache):
         """Whether the pixels would not fit, as estimated from the headers of up to 100 images."""
-        n_bytes, sample = 0, self.paths[::len(self.paths) // 100 + 1]
+        sample = self.paths[::len(self.paths) // 100 + 1]
+        n_bytes = 0
         for path in sample:
             with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-                n_bytes += 3 * image.width * image.height * len(self.paths) / len(sample)
+                n_bytes += 3 * image.width * image.height
+        n_bytes *= len(self.paths) / len(sample)
         too_large = n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2)
         if too_large:
             say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels do not fit into {cache}; images are "
@@ -649,21 +671,12 @@ class Store:
 
     def decode(self, file):
         """Write to `file` the pixels of all images, one after another, and then their sizes."""
-        def pixels(path):
-            with contextlib.suppress(InputError):
-                return open_rgb(path)
-            return np.empty((0, 0, 3), np.uint8)                 # unreadable
-
         sizes = []
         try:
-            with replacing(file) as temporary, open(temporary, "wb") as output, \
-                    ThreadPoolExecutor() as pool, \
-                    tqdm(total=len(self.paths), desc="decoding once", disable=None) as bar:
-                for first in range(0, len(self.paths), 64):      # to bound the memory
-                    for image in pool.map(pixels, self.paths[first:first + 64]):
-                        output.write(image)
-                        sizes.append(image.shape[:2])
-                        bar.update()
+            with replacing(file) as temporary, open(temporary, "wb") as output:
+                for image in decode_ahead(self.paths):
+                    output.write(image)
+                    sizes.append(image.shape[:2])
                 output.write(np.array(sizes, np.int64))
         except OSError as error:
             raise InputError(f"{file.parent}: cannot hold the decoded pixels ({one_line(error)}); "
@@ -673,127 +686,194 @@ class Store:
         """Raises InputError if the image has to be decoded and is unreadable."""
         if self.pixels is None:
             return torch.from_numpy(open_rgb(self.paths[i]))
-        (h, w), start = self.size[i], self.start[i]
-        return self.pixels[start:start + h * w].view(h, w, 3)
+        h, w = self.sizes[i]
+        return self.pixels[self.start[i]:self.start[i] + h * w].view(h, w, 3)
 
 
-class Patches:
-    """Random training patches: "16 random 96x96 HR sub images of distinct training images".
+def decode_ahead(paths, n_threads=4):
+    """Yield uint8 [h, w, 3] of each path, [0, 0, 3] if it is unreadable; shows a progress bar.
 
-    hr, lr: Stores; without lr, `kernel` makes LR from HR. patch_size: the side of the HR patches,
-    a multiple of scale. augment: "none", "flip" (mirror images) or "all" (eight flips and
-    rotations). crop_margin: the share of the height and width, 0 to below 0.5, that patches keep
-    clear of at each border. The batch of update `step` depends only on (seed, rank, step).
-    Images that are unreadable or too small are left out. Raises InputError if none remains.
+    At most 2 n_threads images are in memory.
+    """
+    waiting = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for path in tqdm(paths, desc="decoding once", disable=None):
+            waiting.append(pool.submit(decode_or_none, path))
+            if len(waiting) == 2 * n_threads:
+                yield waiting.popleft().result()
+        for image in waiting:
+            yield image.result()
+
+
+def decode_or_none(path):
+    """uint8 [h, w, 3], or [0, 0, 3] if the image is unreadable."""
+    try:
+        return open_rgb(path)
+    except InputError:
+        return np.empty((0, 0, 3), np.uint8)
+
+
+class Patches(torch.utils.data.Dataset):
+    """Training patches with a margin: patches[image, place, symmetry] is a window of an image.
+
+    hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
+    patches, a multiple of scale. crop_margin: the share of the height and width, 0 to below 0.5,
+    that patches keep clear of at each border. `usable` lists the images that can be drawn: those
+    that are unreadable or too small are left out with a line. Raises InputError if none is left.
     """
 
-    def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", augment="all",
-                 crop_margin=0.0, lr=None, device="cpu", seed=0, rank=0):
-        self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
-        self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
-        self.device, self.seed, self.rank = torch.device(device), seed, rank
-        self.margin = math.ceil(reach(kernel, scale) / scale)    # around a patch, in LR pixels
-        self.window, self.reported = None, set()                 # images left out while streaming
-        self.resize(patch_size)
-        for store in (hr, lr):
-            if self.device.type == "cuda" and store and store.pixels is not None and \
-                    store.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
-                store.pixels = store.pixels.to(self.device)
-
-    def resize(self, patch_size):
-        """Draw patches of this size from now on."""
-        window, self.window = self.window, patch_size + 2 * self.margin * self.scale
-        if self.window == window:
-            return
-        usable = np.ones(len(self.hr.paths), bool)
-        if self.hr.size is not None:
-            usable = (self.hr.size >= self.window).all(1)
-        if left_out := [str(path) for path, good in zip(self.hr.paths, usable) if not good]:
-            say(f"left out {len(left_out)} of {len(usable)} images, unreadable or smaller than "
-                f"{self.window}x{self.window}, such as {', '.join(left_out[:3])}")
-        if not usable.any():
+    def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", crop_margin=0.0, lr=None):
+        self.hr = hr
+        self.lr = lr
+        self.scale = scale
+        self.kernel = kernel
+        self.crop_margin = crop_margin
+        self.margin = math.ceil(reach(kernel, scale) / scale)    # in LR pixels, see `reach`
+        self.window = patch_size + 2 * self.margin * scale       # in HR pixels
+        self.usable = np.arange(len(hr.paths))
+        if hr.pixels is not None:                                # otherwise it shows when decoded
+            large = (hr.sizes >= self.window).all(axis=1)
+            self.usable = np.flatnonzero(large)
+            left_out = [str(hr.paths[i]) for i in np.flatnonzero(~large)]
+            if left_out:
+                say(f"left out {len(left_out)} of {len(hr.paths)} images, unreadable or smaller "
+                    f"than {self.window}x{self.window}, such as {', '.join(left_out[:3])}")
+        if len(self.usable) == 0:
             raise InputError(f"no image is {self.window}x{self.window} or larger, the size of a "
                              f"patch of {patch_size} with its margin; use larger images or a "
                              "smaller patch_size")
-        self.probability = usable / usable.sum()
 
-    def draw(self, step, n, attempt=0):
-        """n random (image, [y, x] in [0, 1), symmetry); distinct images if there are enough."""
-        rng = np.random.default_rng((self.seed, self.rank, step + attempt * 2 ** 40))
-        distinct = np.count_nonzero(self.probability) >= n
-        image = rng.choice(len(self.probability), n, replace=not distinct, p=self.probability)
-        return list(zip(image, rng.random((n, 2)), rng.choice(self.symmetries, n)))
+    def __getitem__(self, drawn):
+        """(windows of HR and, if given, LR, uint8 [w, w, 3]; messages about images left out).
+
+        drawn: (image, [y, x] in [0, 1), symmetry). An image that cannot be used is replaced by the
+        next one that can.
+        """
+        image, place, symmetry = drawn
+        messages = []
+        for i in range(10):
+            try:
+                return self.cut((image + i) % len(self.hr.paths), place, symmetry), messages
+            except InputError as error:
+                messages.append(f"left out: {error}")
+        return None, messages
 
     def cut(self, image, place, symmetry):
-        """The window of an image at [y, x]: [w, w, 3] of HR and, if there is an LR store, of LR."""
-        hr, scale = self.hr[image], self.scale
+        """The window of HR and, if there is an LR store, of LR. Raises InputError."""
+        hr = self.hr[image]
         size = np.array(hr.shape[:2])
-        free = size // scale - self.window // scale              # range of its corner, in LR pixels
+
+        # Where the window's corner may be, in LR pixels: from margin to free - margin.
+        free = size // self.scale - self.window // self.scale
         if free.min() < 0:
             raise InputError(f"{self.hr.paths[image]}: smaller than {self.window}x{self.window}")
-        margin = np.minimum((self.crop_margin * size / scale).astype(np.int64), free // 2)
+        margin = (self.crop_margin * size / self.scale).astype(np.int64)
+        margin = np.minimum(margin, free // 2)                   # one place is always left
         corner = margin + (place * (free - 2 * margin + 1)).astype(np.int64)
-        windows = [cut_square(hr, corner * scale, self.window, symmetry)]
+
+        windows = [cut_square(hr, corner * self.scale, self.window, symmetry)]
         if self.lr is not None:
             lr = self.lr[image]
-            if lr.shape[:2] != (*size // scale,):
-                raise InputError(f"{self.lr.paths[image]}: not 1/{scale} of its HR image's size")
-            windows.append(cut_square(lr, corner, self.window // scale, symmetry))
+            if lr.shape[:2] != tuple(size // self.scale):
+                raise InputError(f"{self.lr.paths[image]}: not 1/{self.scale} of its HR image's "
+                                 "size")
+            windows.append(cut_square(lr, corner, self.window // self.scale, symmetry))
         return windows
-
-    def windows(self, step, n):
-        """The windows of update `step`: uint8 [n, w, w, 3] of HR and, as in cut, of LR."""
-        found = []
-        for attempt in range(10):                                # replace those that fail
-            for drawn in self.draw(step, n - len(found), attempt):
-                try:
-                    found.append(self.cut(*drawn))
-                except InputError as error:
-                    if str(error) not in self.reported:          # once per image
-                        self.reported.add(str(error))
-                        say(f"left out: {error}")
-            if len(found) == n:
-                return [torch.stack(windows) for windows in zip(*found)]
-        raise InputError("most of the training images cannot be used")
-
-    def stream(self, n, first, last):
-        """The windows of updates first to last - 1, decoded a little ahead by threads."""
-        ahead, threads = deque(), os.cpu_count()
-        pool = ThreadPoolExecutor(threads)
-        try:
-            for step in range(first, last):
-                ahead.append(pool.submit(self.windows, step, n))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:                                                 # also when the caller stops early
-            pool.shutdown(cancel_futures=True)
-
-    def batches(self, n, first, last):
-        """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] for updates
-        first to last - 1; p is the patch size."""
-        stored = (self.windows(step, n) for step in range(first, last))
-        for hr, *lr in (self.stream(n, first, last) if self.hr.pixels is None else stored):
-            hr = self.upload(hr)                                 # [n, 3, window, window]
-            lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
-            lr = F.pad(lr, [-self.margin] * 4)
-            hr = F.pad(hr, [-self.margin * self.scale] * 4) * 2 - 1
-            yield tuple(x.contiguous(memory_format=torch.channels_last) for x in (lr, hr))
-
-    def upload(self, windows):
-        """uint8 [n, w, w, 3] -> float32 [n, 3, w, w] in [0, 1], on the device."""
-        if windows.device.type == "cpu" and self.device.type == "cuda":
-            windows = windows.pin_memory()                       # for an asynchronous copy
-        return to_tensor(windows.to(self.device, non_blocking=True))
 
 
 def cut_square(image, corner, side, symmetry):
     """[h, w, 3] -> [side, side, 3]. Bits of symmetry: flip left-right, flip up-down, transpose."""
-    patch = image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
-    patch = patch.flip(1) if symmetry & 1 else patch
-    patch = patch.flip(0) if symmetry & 2 else patch
-    return patch.transpose(0, 1) if symmetry & 4 else patch
+    y, x = corner
+    patch = image[y:y + side, x:x + side]
+    if symmetry & 1:
+        patch = patch.flip(1)
+    if symmetry & 2:
+        patch = patch.flip(0)
+    if symmetry & 4:
+        patch = patch.transpose(0, 1)
+    return patch
+
+
+class RandomBatches(torch.utils.data.Sampler):
+    """Sec. 3.2: "16 random 96x96 HR sub images of distinct training images", for each update.
+
+    usable: indices of the images to draw from. augment: "none", "flip" (mirror images) or "all"
+    (eight flips and rotations). The batch of an update depends only on (seed, rank, update), so
+    that a run can be resumed. If there are fewer images than patches, images repeat.
+    """
+
+    def __init__(self, usable, batch_size, augment, seed, rank, first, last):
+        self.usable = usable
+        self.batch_size = batch_size
+        self.symmetries = SYMMETRIES[augment]
+        self.seed = seed
+        self.rank = rank
+        self.updates = range(first, last)
+
+    def __len__(self):
+        return len(self.updates)
+
+    def __iter__(self):
+        n = self.batch_size
+        for update in self.updates:
+            rng = np.random.default_rng((self.seed, self.rank, update))
+            image = rng.choice(self.usable, n, replace=n > len(self.usable))
+            place = rng.random((n, 2))
+            symmetry = rng.choice(self.symmetries, n)
+            yield list(zip(image, place, symmetry))
+
+
+def collate(items):
+    """Items of Patches -> ([uint8 [n, w, w, 3] of HR and, if given, of LR], messages)."""
+    messages = []
+    complete = []
+    for windows, complaints in items:
+        messages.extend(complaints)
+        if windows is not None:
+            complete.append(windows)
+    if len(complete) < len(items):
+        return None, messages
+    return [torch.stack(windows) for windows in zip(*complete)], messages
+
+
+def batches(patches, sampler, device):
+    """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] on the device.
+
+    p is the patch size. Worker processes decode images that are not stored. Raises InputError if
+    images or shared memory run out.
+    """
+    stored = patches.hr.pixels is not None
+    loader = torch.utils.data.DataLoader(
+        patches, batch_sampler=sampler, collate_fn=collate,
+        num_workers=0 if stored else os.cpu_count(), pin_memory=device.type == "cuda")
+    said = set()
+    try:
+        for windows, messages in loader:
+            for message in messages:
+                if message not in said:                          # once for each image
+                    say(message)
+                    said.add(message)
+            if windows is None:
+                raise InputError("most of the training images cannot be used")
+            yield to_pair(patches, windows, device)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise InputError("too little shared memory to decode images in other processes; use "
+                         "--set store=always or enlarge /dev/shm") from None
+
+
+def to_pair(patches, windows, device):
+    """Windows of HR, or of HR and LR, as tensors without their margin: see batches."""
+    hr = to_tensor(windows[0].to(device, non_blocking=True))     # [n, 3, w, w]
+    if patches.lr is None:
+        lr = downsample(hr, patches.scale, patches.kernel)
+    else:
+        lr = to_tensor(windows[1].to(device, non_blocking=True))
+    lr = F.pad(lr, [-patches.margin] * 4)                        # cut the margin off
+    hr = F.pad(hr, [-patches.margin * patches.scale] * 4) * 2 - 1
+    return (lr.contiguous(memory_format=torch.channels_last),
+            hr.contiguous(memory_format=torch.channels_last))
 
 
 # ==================================================================================================
@@ -1175,47 +1255,64 @@ def load_checkpoint(path):
     return state
 
 
-def make_generator(block="residual", **arch):
-    """The generator that GENERATORS lists for `block`, with the given arguments."""
-    return GENERATORS[block](**arch)
-
-
 def load_generator(path, device="cpu"):
     """The generator of a checkpoint of train.py: float32, in eval mode. Raises InputError."""
     state = load_checkpoint(path)
     try:
         with torch.device("meta"):                               # takes no memory
             generator = make_generator(**state["arch"])
-        generator.load_state_dict(state["generator"], assign=True)
+        weights = state["generator"]
+        for name, tensor in weights.items():
+            if tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided:
+                raise ValueError(f"{name} does not hold plain numbers")
+        generator.load_state_dict(weights, assign=True)
     except Exception as error:                                   # a file may hold anything
         raise InputError(f"{path}: no generator of train.py "
                          f"({type(error).__name__}: {one_line(error)})") from None
     return generator.float().to(device, memory_format=torch.channels_last).eval()
 
 
+def make_generator(block="residual", scale=4, channels=64, n_blocks=16, tanh=False):
+    """The generator that GENERATORS lists for `block`, with these arguments. Raises ValueError."""
+    if type(scale) is not int or scale not in SCALES:
+        raise ValueError(f"scale {scale!r:.20} is not 2, 4 or 8")
+    if n_blocks > 256 or channels > 1024:
+        raise ValueError(f"{n_blocks!r:.20} blocks of {channels!r:.20} feature maps are too many")
+    return GENERATORS[block](scale, channels, n_blocks, tanh)
+
+
 def load_features(network, weights, url):
-    """Load weights into a content network (see TruncatedVGG19) and return it. Raises InputError."""
+    """Load weights into a content network in place (see TruncatedVGG19). Raises InputError."""
     if weights == "random":
         rng = torch.Generator().manual_seed(0)
         for p in network.parameters():
-            nn.init.kaiming_normal_(p, generator=rng) if p.dim() > 1 else nn.init.zeros_(p)
-        return network
+            if p.dim() > 1:
+                nn.init.kaiming_normal_(p, generator=rng)
+            else:
+                nn.init.zeros_(p)
+        return
     if weights == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        except Exception as error:                               # offline, cut off, wrong hash
-            raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
-                             "and pass --feature-weights FILE, or --feature-weights random to try "
-                             "things out") from None
+        state = download_features(url)
     else:
         state = load_checkpoint(weights)
-    state = {str(key).removeprefix("features."): value for key, value in state.items()}
     try:
-        network.load_state_dict({key: state[key] for key in network.state_dict()})
+        needed = {}
+        for key in network.state_dict():                         # a file may begin with features.
+            needed[key] = state[key] if key in state else state[f"features.{key}"]
+        network.load_state_dict(needed)
     except (KeyError, RuntimeError) as error:                    # missing, or of another shape
         raise InputError(f"{weights}: no weights of this network ({one_line(error)})") from None
-    return network
+
+
+def download_features(url):
+    """The state dict behind a URL of torchvision, kept in torch's cache. Raises InputError."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                  weights_only=True)
+    except Exception as error:                                   # offline, cut off, wrong hash
+        raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
+                         "and pass --feature-weights FILE, or --feature-weights random to try "
+                         "things out") from None
 
 
 def run(main):
@@ -1245,7 +1342,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1253,8 +1351,10 @@ class DenseBlock(nn.Module):
 
     def __init__(self, n, growth=32):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(n + i * growth, growth if i < 4 else n, 3, padding=1)
-                                   for i in range(5))
+        self.convs = nn.ModuleList()
+        for i in range(4):
+            self.convs.append(nn.Conv2d(n + i * growth, growth, 3, padding=1))
+        self.convs.append(nn.Conv2d(n + 4 * growth, n, 3, padding=1))
 
     def forward(self, x):                                        # [N, 64, h, w]
         maps = x
@@ -1278,11 +1378,39 @@ class RRDBGenerator(Generator):
     """G with RRDBs. The default arguments are those of the paper, not ESRGAN's 23 blocks."""
     block = "rrdb"
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__(scale, channels, 0, tanh)
         self.arch["n_blocks"] = n_blocks
-        self.blocks = nn.Sequential(*[RRDB(channels) for _ in range(n_blocks)])
+        for _ in range(n_blocks):
+            self.blocks.append(RRDB(channels))
         self.fuse = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+
+
+class VariantDiscriminator(Discriminator):
+    """Fig. 4's D by default; other projects' with other arguments. Shapes as for Discriminator.
+
+    channels: feature maps of each convolution, whose strides alternate between 1 and 2.
+    first_kernel: size of the first kernel. norm: a key of NORMS. pool: average the features to
+    pool x pool positions, so that D fits any patch size; 0: do not.
+    """
+
+    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
+                 first_kernel=3, norm="batch", pool=0):
+        nn.Module.__init__(self)
+        self.features = nn.Sequential(
+            nn.Conv2d(3, channels[0], first_kernel, padding=first_kernel // 2), nn.LeakyReLU(0.2))
+        side = patch_size
+        stride = 2
+        for n_in, n in zip(channels, channels[1:]):
+            self.features.append(discriminator_block(n_in, n, stride, NORMS[norm]))
+            side = math.ceil(side / stride)
+            stride = 3 - stride                                  # 2, 1, 2, 1 ...
+        if pool:
+            self.features.append(nn.AdaptiveAvgPool2d(pool))
+            side = pool
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024),
+            nn.LeakyReLU(0.2), nn.Linear(1024, 1))
 
 
 @torch.no_grad()
@@ -1292,21 +1420,33 @@ def start_as_nearest(generator):
     Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
     one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
     """
+    # The first three maps are R, G and B.
     nn.init.dirac_(generator.head[0].weight[:3])
     generator.head[0].bias[:3] = 0
-    for p in generator.fuse[-1].parameters():                    # the skip connection alone
+
+    # The last layer of the residual branch starts at zero, so that only the skip connection acts.
+    for p in generator.fuse[-1].parameters():
         nn.init.zeros_(p)
+
+    # Each map m becomes the four maps 4m to 4m + 3, with equal weights; the first three stay RGB.
     for conv in generator.upsample[::3]:
-        nn.init.dirac_(conv.weight[:12:4])
-        conv.bias[:12:4] = 0
+        rgb = slice(0, 12, 4)
+        nn.init.dirac_(conv.weight[rgb])
+        conv.bias[rgb] = 0
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
-    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) is near
-    generator.tail.bias.fill_(-1.25)                             # 2 x - 1
+
+    # tanh(2.5 x - 1.25) is near 2 x - 1, which takes [0, 1] to [-1, 1].
+    nn.init.dirac_(generator.tail.weight).mul_(2.5)
+    generator.tail.bias.fill_(-1.25)
+
+
+def start_at_random(generator):
+    """Keep torch's random initialisation."""
 
 
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
-INITS = {"nearest": start_as_nearest, "torch": lambda generator: None}
+INITS = {"nearest": start_as_nearest, "torch": start_at_random}
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
@@ -1320,8 +1460,24 @@ class TruncatedSqueezeNet(ContentNetwork):
     def __init__(self, layer="12", weights="imagenet", divisor=12.75):
         from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
         features = squeezenet1_1().features[:int(layer) + 1]
-        url = SqueezeNet1_1_Weights.IMAGENET1K_V1.url
-        super().__init__(load_features(features, weights, url), divisor)
+        load_features(features, weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url)
+        super().__init__(features, divisor)
+
+
+CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
+
+
+def total_variation(sr, hr):
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22, with weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    HR plays no part; it is there because all content losses are called alike.
+    """
+    down = sr.diff(dim=2).abs().sum()
+    right = sr.diff(dim=3).abs().sum()
+    return (down + right) / len(sr)
 
 
 def grid_loss(sr, hr, scale=4, window=8):
@@ -1346,34 +1502,83 @@ def fourier_loss(sr, hr, window=16):
     On grey and on two colour differences, it compares how much texture of each frequency and
     direction there is, not where. [N, 3, H, W] in [-1, 1] twice, H and W >= window -> scalar.
     """
-    hann = torch.hann_window(window, periodic=False, device=sr.device)
+    return (fourier_amplitudes(hr, window) - fourier_amplitudes(sr, window)).abs().mean()
+
+
+def fourier_amplitudes(x, window):
+    """Of windows that overlap by half: [N, 3, H, W] -> [N, 3, rows, columns, window, window/2+1]"""
+    r, g, b = x.float().unbind(1)
+    grey = (r + g + b) / 3 ** 0.5
+    red_blue = (r - b) / 2 ** 0.5
+    green_purple = (r - 2 * g + b) / 6 ** 0.5
+    x = torch.stack([grey, red_blue, green_purple], 1)           # orthonormal
+    hann = torch.hann_window(window, periodic=False, device=x.device)
     hann = hann / hann.square().mean().sqrt()
-
-    def amplitudes(x):
-        r, g, b = x.float().unbind(1)
-        x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)
-        x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
-        return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
-
-    return (amplitudes(hr) - amplitudes(sr)).abs().mean()
+    x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
+    return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
 
-CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
-CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the setting <name>_weight
-    "pixel": lambda sr, hr, use: PIXEL_LOSSES[use.pixel_loss](sr, hr),
-    "content": lambda sr, hr, use: content_loss(use.phi, sr, hr),
-    "tv": lambda sr, hr, use: total_variation(sr),
-    "grid": lambda sr, hr, use: grid_loss(sr, hr, use.scale),
-    "fourier": lambda sr, hr, use: fourier_loss(sr, hr),
-}
 
 
-def relativistic_adversarial_loss(D, sr, hr):
+def content_losses(pixel_loss="mse", phi=None, scale=4):
+    """{name: function of SR and HR}: what l_X of Eq. 3 can consist of; setting <name>_weight."""
+    return {
+        "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
+        "content": functools.partial(content_loss, phi),         # Eq. 5
+        "tv": total_variation,                                   # Sec. 3.4
+        "grid": functools.partial(grid_loss, scale=scale),
+        "fourier": fourier_loss,
+    }
+
+
+CONTENT_LOSSES = tuple(content_losses())                         # their names
+
+
+class WeightedSum:
+    """A weighted sum of functions of SR and HR. `parts` keeps the latest value of each, by name."""
+
+    def __init__(self):
+        self.terms = {}                                          # name: (weight, function)
+        self.parts = {}
+
+    def __call__(self, sr, hr):
+        total = 0
+        for name, (weight, function) in self.terms.items():
+            self.parts[name] = function(sr, hr)
+            total = total + weight * self.parts[name]
+        return total
+
+
+def wasserstein_g_loss(D, sr):
+    """G's side of Gulrajani et al. 2017, Eq. 3. D is a critic: it returns scores. -> scalar"""
+    return -D(sr).mean()
+
+
+def wasserstein_d_loss(real, fake):
+    """The critic's side of Gulrajani et al. 2017, Eq. 3. Scores [N] -> scalar"""
+    return fake.mean() - real.mean()
+
+
+def relativistic_g_loss(D, sr, hr):
     """Wang et al. 2018, Eq. 2: SR should look more real than the average HR, and
-    HR less real than the average SR."""
-    fake, real = D(sr), D(hr)
+    HR less real than the average SR. -> scalar"""
+    fake = D(sr)
+    real = D(hr)
+    return discriminator_loss(fake - real.mean(), real - fake.mean())
+
+
+def relativistic_d_loss(real, fake):
+    """Wang et al. 2018, Eq. 1: the opposite. Logits [N] -> scalar"""
     return discriminator_loss(real - fake.mean(), fake - real.mean())
+
+
+Game = namedtuple("Game", "g_loss d_loss g_sees_hr")             # see srgan_step
+ADVERSARIAL_LOSSES = {
+    "bce": Game(adversarial_loss, discriminator_loss, g_sees_hr=False),      # Eq. 6 and 2
+    "wasserstein": Game(wasserstein_g_loss, wasserstein_d_loss, g_sees_hr=False),
+    "relativistic": Game(relativistic_g_loss, relativistic_d_loss, g_sees_hr=True),
+}
 
 
 def input_gradient(D, x):
@@ -1385,45 +1590,19 @@ def input_gradient(D, x):
 
 def gradient_penalty(D, sr, hr):
     """Gulrajani et al. 2017, arXiv:1704.00028, Eq. 3: the mean of (|grad D(x)| - 1)^2 at random
-    points x between SR and HR."""
+    points x between SR and HR. -> scalar"""
     mix = torch.rand(len(hr), 1, 1, 1, dtype=hr.dtype, device=hr.device)
-    return (input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1) - 1).square().mean()
+    norm = input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1)
+    return (norm - 1).square().mean()
 
 
 def r1_penalty(D, sr, hr):
-    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9, for gamma = 1: mean of |grad D(HR)|^2 / 2."""
+    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9, for gamma = 1: mean of |grad D(HR)|^2 / 2.
+    -> scalar"""
     return input_gradient(D, hr).square().sum(1).mean() / 2
 
 
-ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) and D(HR))
-    "bce": (adversarial_loss, discriminator_loss),
-    "wasserstein": (lambda D, sr, hr: -D(sr).mean(),             # Gulrajani et al. 2017, Eq. 3
-                    lambda fake, real: fake.mean() - real.mean()),
-    "relativistic": (relativistic_adversarial_loss,              # Wang et al. 2018, Eq. 1
-                     lambda fake, real: discriminator_loss(fake - real.mean(), real - fake.mean())),
-}
 PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
-
-
-def shifted(step, shift):
-    """A step of Update, for which SR and HR are rolled together by 0 to `shift` random pixels.
-
-    Without it, strides in D and pooling in phi favour some positions, and G learns their pattern.
-    """
-    def shifted_step(sr, hr):
-        move = torch.randint(shift + 1, (2,)).tolist()
-        return step(sr.roll(move, (2, 3)), hr.roll(move, (2, 3)))
-    return shifted_step
-
-
-def critic_steps(update, *batches):
-    """Gulrajani et al. 2017: several steps of D, each with its own batch, for each step of G."""
-    *earlier, lr, hr = batches                                   # LR, HR, LR, HR, ...
-    for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):
-        with torch.no_grad():
-            sr = update.G(early_lr)
-        update.update_discriminator(sr, early_hr)
-    return update(lr, hr)
 
 
 # ==================================================================================================
@@ -1556,3 +1735,35 @@ def pick_precision(device, name="auto"):
         return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
     except RuntimeError:                                         # no bf16
         return "fp32"
+
+
+def demonstrate():
+    """Build both networks and take one step of each stage on random patches, on the CPU."""
+    torch.manual_seed(0)
+    G = Generator()
+    D = Discriminator()
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
+    adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
+    adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
+
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("one step of SRResNet: " + describe_losses(losses))
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("one step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
+
+
+if __name__ == "__main__":
+    demonstrate()
