@@ -61,7 +61,7 @@ def main():
     if not results:
         raise InputError(f"{args.data}: none of the {len(pairs)} images could be measured")
 
-    # Say how it was measured, and what was found.
+    # Say how it was measured, and show and write what was found.
     source = f"{kernel} x1/{scale} of HR"
     if pairs[0][2]:
         source = args.lr_data or "LR images of the folder"
@@ -72,15 +72,7 @@ def main():
     print(f"{args.data}{part}: {len(results)} images, x{scale}, LR: {source}; PSNR and SSIM on "
           f"{protocol['channels']}, {shave} border pixels removed, 8 bits")
     print_table(report["models"], args.per_image)
-
-    # Write the files.
-    if args.json:
-        srgan.write_json(args.json, report)
-    if args.csv:
-        write_csv(args.csv, report["models"])
-    written = [path for path in (args.json, args.csv, args.save_images) if path]
-    if written:
-        print(f"wrote {', '.join(written)}")
+    write_files(args, report)
     return 1 if len(results) < len(pairs) else 0
 
 
@@ -277,6 +269,17 @@ def print_table(report, per_image):
     width = max(len(name) for name, _ in table)
     for name, row in table:
         print(f"{name:{width}}" + "".join(f"{text:>18}" for text in row))
+
+
+def write_files(args, report):
+    """Write the files that are asked for, and say which were written."""
+    if args.json:
+        srgan.write_json(args.json, report)
+    if args.csv:
+        write_csv(args.csv, report["models"])
+    written = [path for path in (args.json, args.csv, args.save_images) if path]
+    if written:
+        print(f"wrote {', '.join(written)}")
 
 
 def write_csv(path, report):
