@@ -446,13 +446,14 @@ def to_8_bits(image, raw):
 
 def upright(exif):
     """EXIF bytes as they are, but with orientation (tag 274) 1, as the image has been turned."""
+    exif = b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")          # some files lack it
     little, big = b"\x12\1\3\0\1\0\0\0", b"\1\x12\0\3\0\0\0\1"
     exif = re.sub(little + b"[^\0]\0", little + b"\1\0", exif, count=1)
     return re.sub(big + b"\0[^\0]", big + b"\0\1", exif, count=1)
 
 
-def exif_for_tiff(exif):
-    """Leave only EXIF_KEPT in a PIL.Image.Exif, its texts as bytes: Pillow would write é as "?"."""
+def exif_to_rewrite(exif):
+    """Strip a PIL.Image.Exif to EXIF_KEPT, its texts as bytes, for Pillow would write é as "?"."""
     for tag in {*exif} - {*EXIF_KEPT}:
         del exif[tag]
     for tag, value in exif.items():
@@ -475,9 +476,11 @@ def info_to_keep(image, exif):
     if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):  # 0/0 in some TIFFs
         del info["dpi"]
     with contextlib.suppress(Exception):                         # broken EXIF raises anything
-        tags = image.getexif()
-        if exif or tags:
-            info["exif"] = upright(exif) if exif else exif_for_tiff(tags).tobytes()
+        if exif:
+            Image.Exif().load(exif)                              # raises it
+            info["exif"] = upright(exif)
+        elif exif_to_rewrite(image.getexif()):
+            info["exif"] = image.getexif().tobytes()
     for key in ("exif", "xmp"):
         if len(info.get(key, b"")) > 65_000:                     # JPEG's limit
             del info[key]

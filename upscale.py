@@ -39,7 +39,7 @@ SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95},
 OPAQUE = ("JPEG", "BMP", "PPM")                      # no transparency
 NO_PROFILE = ("BMP", "PPM")                          # nor any other data
 NO_GREY = ("WEBP", "AVIF")                           # grey is stored as RGB
-LONGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}       # pixels per side
+LONGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}       # pixels per side
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -348,7 +348,7 @@ def fill_hidden(colours, alpha):
     half = Image.merge("RGBA", (*colours.split(), visible)).reduce(2)
     half = fill_hidden(half.convert("RGB"), half.getchannel("A"))
     width, height = colours.size
-    filled = half.resize(colours.size, Image.Resampling.BILINEAR, (0, 0, width / 2, height / 2))
+    filled = half.resize(colours.size, Image.Resampling.NEAREST, (0, 0, width / 2, height / 2))
     filled.paste(colours, mask=visible)
     return filled
 
@@ -397,10 +397,11 @@ def save_options(info, form):
             options["pnginfo"].add_text(key, text)
         if "xmp" in info:
             options["pnginfo"].add_itxt("XML:com.adobe.xmp", info["xmp"].decode(errors="replace"))
-    if form == "TIFF":
+    if form in ("TIFF", "AVIF"):                     # for which Pillow writes EXIF anew
         exif = options["exif"] = Image.Exif()
         exif.load(info.get("exif", b""))
-        srgan.exif_for_tiff(exif)
+        srgan.exif_to_rewrite(exif)
+    if form == "TIFF":
         if "xmp" in info:
             exif[700] = info["xmp"]
         if exif.keys() & srgan.EXIF_IFDS:            # libtiff, which compresses, cannot hold them
