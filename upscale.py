@@ -278,7 +278,10 @@ def upscale_all(jobs, generator, args):
                 except Timeout:
                     outcome.note("skipped, as another process is making it", result)
                     continue
-                except (InputError, OSError) as error:
+                except OSError as error:
+                    outcome.failures.append(f"{result}: cannot be written ({error.strerror})")
+                    continue
+                except InputError as error:
                     outcome.failures.append(str(error))
                     continue
                 for note in image.info["notes"]:
