@@ -19,10 +19,8 @@ the original that it was made from, and SR = G(LR) the network's answer.
 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
-
-`python srgan.py` builds both networks and takes one step of each stage on random patches.
+`python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
-# Sections 1 to 3 need only torch and math. The other imports serve what surrounds the paper.
 import contextlib
 import copy
 import functools
@@ -76,17 +74,14 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], about [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
-                     16 residual blocks
-                 ┌────────────────────────┐
-        LR ── head ─┬─ block ─ ... ─ block ── fuse ─ + ── upsample ── upsample ── tail ── SR
-          k9n64s1   │                     k3n64s1   │    k3n256s1    k3n256s1   k9n3s1
-          PReLU     └───────── skip ────── BN ──────┘    shuffle x2, PReLU (each)
+        LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
+             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
+             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
 
-    1,547,350 parameters at scale 4. `scale` is 2, 4 or 8: one upsampling layer for each factor of
-    2. Beyond the paper: `tanh` keeps SR in [-1, 1] by a last Tanh, as nearly every implementation
-    does, train.py too.
+    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
+    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
     """
     block = "residual"                                            # its name in GENERATORS (sec. 8)
 
@@ -118,10 +113,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
-
-    It is built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features.
-    """
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -134,7 +126,7 @@ class Discriminator(nn.Module):
             discriminator_block(256, 256, stride=2),              # k3n256s2
             discriminator_block(256, 512, stride=1),              # k3n512s1
             discriminator_block(512, 512, stride=2))              # k3n512s2
-        side = math.ceil(patch_size / 16)                         # 96 -> 6
+        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
             nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
@@ -156,10 +148,7 @@ def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
-
-    The mean includes the three colours, which Eq. 4 does not mention.
-    """
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
@@ -211,30 +200,17 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
-    divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54.
+    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
+    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
-def total_variation(sr):
-    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
-
-    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
-    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
-    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
-    """
-    down = sr.diff(dim=2).abs().sum()
-    right = sr.diff(dim=3).abs().sum()
-    return (down + right) / len(sr)
-
-
 def adversarial_loss(D, sr):
-    """Eq. 6, l_Gen: mean of -log D(SR) over the batch, where the paper sums. [N, 3, H, W] -> scalar
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    By Eq. 2, G would minimise log(1 - D(SR)); Sec. 2.2.2 prefers -log D(SR) for its gradients.
-    D returns logits: log D(SR) of the paper is the logarithm of their sigmoid.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
+    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
     """
     return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
@@ -250,7 +226,7 @@ def perceptual_loss(l_x, l_gen, weight=1e-3):
 # ==================================================================================================
 
 def srresnet_step(G, adam, content, lr, hr):
-    """Stage 1: one step of Eq. 1, which updates G to reduce l^SR, here a content loss alone.
+    """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
     content: a function of SR and HR; in the paper, Eq. 4.
     lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
@@ -270,10 +246,10 @@ def discriminator_loss(real, fake):
 
 
 def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
-    """One step of D alone. sr, without a gradient, and hr: [N, 3, 4h, 4w] in [-1, 1].
+    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    d_loss: a function of the logits of HR and of SR. Beyond the paper: penalty, a function of SR
-    and HR. Returns {name: scalar}.
+    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
+    HR. Returns {name: scalar}.
     """
     D.requires_grad_(True)
     real = D(hr)                                                  # [N]; two passes, because batch
@@ -291,16 +267,16 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
     """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
 
     content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}. Beyond the
-    paper: other losses for G and D, and a penalty, see discriminator_step.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
+    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
 
     # D learns to tell HR from SR.
     losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
 
-    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 replaces G's
-    # side of Eq. 2, because its gradients do not vanish.
+    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
+    # G's side of Eq. 2, because its gradients do not vanish.
     l_x = content(sr, hr)                                         # Eq. 5
     l_gen = g_loss(D, sr)                                         # Eq. 6
     l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
@@ -623,33 +599,54 @@ def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
-def by_stem(paths):
-    """{stem: path}. Raises InputError if two images have the same name."""
+# What the name of an LR image may have behind the name of its HR image; {} is the scale.
+LR_ENDINGS = ("_LR", "x{}", "_x{}", "_LRx{}", "_LR_x{}", "_LR{}", "_bicLRx{}", "_LRBI_x{}")
+
+
+def by_stem(paths, folder=None):
+    """{stem: path}. The stem is the name without its ending or, given `folder`, the path below it.
+
+    Raises InputError if two images have the same stem.
+    """
     found = {}
     for path in paths:
-        if path.stem in found:
-            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
-        found[path.stem] = path
+        stem = path.stem
+        if folder is not None:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise InputError(f"{path} and {found[stem]} have the same name; keep one of them")
+        found[stem] = path
     return found
+
+
+def name_of(stem):
+    """The stem of an HR image without the endings that say so: a_HR and a_HR_x4 become a."""
+    return re.sub(r"_HR(_?x[248])?$", "", stem)
 
 
 def lr_names(stem, scale):
     """The stems that the LR image of the HR image `stem` may have."""
-    endings = "_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}"
-    return [stem, *(stem.removesuffix("_HR") + ending for ending in endings)]
+    names = [stem]
+    for ending in LR_ENDINGS:
+        names.append(name_of(stem) + ending.format(scale))
+    return names
 
 
 def find_hr(folder):
     """Paths of the HR images in a folder or its HR/. Raises InputError if some are LR images."""
     folder = Path(folder)
-    folder = folder / "HR" if (folder / "HR").is_dir() else folder
+    if (folder / "HR").is_dir():
+        folder = folder / "HR"
     paths = find_images(folder)
-    stems = {path.with_suffix("") for path in paths}
+    stems = {os.path.splitext(path)[0] for path in paths}
     for path in paths:
+        # An LR image is in a folder such as LR_bicubic or X4, or beside its HR image.
         below = str(path)[len(str(folder)):]
-        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I) or any(
-                path.with_name(name) in stems for scale in SCALES
-                for name in lr_names(path.stem, scale)[1:]):
+        mixed = re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I)
+        for scale in SCALES:
+            names = lr_names(os.path.splitext(path)[0], scale)[1:]
+            mixed = mixed or not stems.isdisjoint(names)
+        if mixed:
             raise InputError(f"{folder} also holds LR images (see {path}); put HR and LR images "
                              "into separate folders, and give the one with HR")
     return paths
@@ -660,20 +657,32 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
 
     The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
     lr_folder names LR images that are elsewhere. LR images have the name of their HR image, or
-    that name and x4, _x4, _LR, _LRx4 or _LR_x4. Raises InputError if two images have the same
-    name, or if an HR image has no LR image.
+    that name and one of LR_ENDINGS. Where HR images in different subfolders have the same name,
+    stems are paths, such as 000/00000001, and LR images are in subfolders of the same names.
+    Raises InputError if two images have the same stem, or if an HR image has no LR image.
     """
-    folder = Path(folder)
-    if lr_folder is None and (folder / "HR").is_dir():
-        usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
-        lr_folder = next((path for path in usual if path.is_dir()), None)
-    hr, pairs = by_stem(find_hr(folder)), []
-    lr = by_stem(find_images(lr_folder)) if lr_folder else {}
+    hr_folder = Path(folder)
+    if (hr_folder / "HR").is_dir():
+        hr_folder = hr_folder / "HR"
+        for usual in (f"LR_{kernel}_x{scale}", f"LR_{kernel}/X{scale}"):
+            if lr_folder is None and Path(folder, usual).is_dir():
+                lr_folder = Path(folder, usual)
+
+    # HR by stem. Names alone are enough if they differ: HR and LR may then be sorted differently.
+    paths = find_hr(hr_folder)
+    by_path = len({path.stem for path in paths}) < len(paths)
+    hr = by_stem(paths, hr_folder if by_path else None)
+    if lr_folder is None:
+        return [(stem, path, None) for stem, path in sorted(hr.items())]
+
+    # LR for each of them.
+    lr = by_stem(find_images(lr_folder), lr_folder if by_path else None)
+    pairs = []
     for stem, path in sorted(hr.items()):
-        match = next((lr[name] for name in lr_names(stem, scale) if name in lr), None)
-        if lr_folder and match is None:
+        names = [name for name in lr_names(stem, scale) if name in lr]
+        if not names:
             raise InputError(f"{path}: {lr_folder} holds no image of this name")
-        pairs.append((stem, path, match))
+        pairs.append((stem, path, lr[names[0]]))
     return pairs
 
 
@@ -684,13 +693,23 @@ def split(pairs, shares=(80, 15, 5), validate_on=0):
     get at least one image unless their share is 0. If validate_on is not 0, it limits val; the
     rest of val joins train.
     """
-    ranked = sorted(pairs, key=lambda pair: (
-        hashlib.sha256(os.fsencode(pair[1].name)).digest(), pair[1].as_posix()))
-    val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
+    def rank(pair):
+        path = pair[1]
+        return hashlib.sha256(os.fsencode(path.name)).digest(), path.as_posix()
+
+    # In this order: val, what validate_on takes from it, test, train.
+    ranked = sorted(pairs, key=rank)
+    sizes = []
+    for share in shares[1:]:
+        sizes.append(max(len(ranked) * share // 100, int(share > 0)))
+    val, test = sizes
     held_out = min(val, validate_on or val)
-    parts = {"val": ranked[:held_out], "test": ranked[val:val + test],
-             "train": ranked[held_out:val] + ranked[val + test:]}
-    return {name: sorted(part, key=lambda pair: pair[1]) for name, part in parts.items()}
+    parts = {"train": ranked[held_out:val] + ranked[val + test:],
+             "val": ranked[:held_out],
+             "test": ranked[val:val + test]}
+    for part in parts.values():
+        part.sort(key=lambda pair: pair[1])
+    return parts
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
@@ -699,12 +718,14 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
     Raises InputError if an image cannot be read or the sizes do not match.
     """
     hr = open_rgb(hr_path)
-    h, w = (side // scale for side in hr.shape[:2])
-    if not h or not w:
+    h = hr.shape[0] // scale
+    w = hr.shape[1] // scale
+    if min(h, w) == 0:
         raise InputError(f"{hr_path}: {hr.shape[1]}x{hr.shape[0]} is smaller than one LR pixel")
     hr = hr[:h * scale, :w * scale]
     if lr_path is None:
-        return to_pixels(downsample(to_tensor(hr)[None], scale, kernel) * 2 - 1)[0].numpy(), hr
+        lr = downsample(to_tensor(hr)[None], scale, kernel)      # [1, 3, h, w] in [0, 1]
+        return to_pixels(lr * 2 - 1)[0].numpy(), hr
     lr = open_rgb(lr_path)
     if lr.shape != (h, w, 3):
         raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of "
@@ -985,37 +1006,37 @@ ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def planes(sr, hr, shave, luma):
-    """Two images as psnr takes them -> two float64 [..., 1 or 3, H - 2 shave, W - 2 shave]."""
-    if sr.shape != hr.shape:
-        raise ValueError(f"images of different sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    """What is compared of two images: two float64 tensors [1 or 3, H - 2 shave, W - 2 shave]."""
     for image in (sr, hr):
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image)).movedim(-1, -3)
-        elif image.is_floating_point():
-            image = to_pixels(image).movedim(-1, -3)             # as saved to a file
-        if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
-            raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
-                             f"{image.dtype} {tuple(image.shape)}")
-        h, w = image.shape[-2:]
-        if min(h, w) <= 2 * shave:
-            raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
-        x = image[..., shave:h - shave, shave:w - shave].double()
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ValueError("expected two uint8 arrays [H, W, 3]")
+    if sr.shape != hr.shape:
+        raise ValueError(f"images of different sizes: {sr.shape} and {hr.shape}")
+    h, w, _ = hr.shape
+    if min(h, w) <= 2 * shave:
+        raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
+    found = []
+    for image in (sr, hr):
+        x = torch.from_numpy(image.copy()).movedim(-1, 0)        # [3, H, W]
+        x = x[:, shave:h - shave, shave:w - shave].double()
         if luma:                                                 # Y of BT.601, in [16, 235]
-            r, g, b = x.split(1, dim=-3)
+            r, g, b = x.split(1)
             x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
-        yield x
+        found.append(x)
+    return found
 
 
 def psnr(sr, hr, shave=4, luma=True):
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical images.
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), of two uint8 arrays [H, W, 3].
 
-    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1]
-    (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
-    luma: on Y of BT.601 instead of RGB. Raises ValueError if the sizes differ or nothing remains.
+    shave: pixels removed from each border. luma: on Y of BT.601 instead of RGB. Identical images
+    have no finite PSNR; they get 100 dB, the largest value, so that a mean over images exists.
+    Raises ValueError if the sizes differ or nothing remains.
     """
     x, y = planes(sr, hr, shave, luma)
-    value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    mse = (x - y).square().mean()
+    value = 10 * torch.log10(255 ** 2 / mse)                     # inf for identical images
+    return value.clamp(max=100).item()
 
 
 def ssim(sr, hr, shave=4, luma=True):
@@ -1024,20 +1045,23 @@ def ssim(sr, hr, shave=4, luma=True):
     11x11 Gaussian window of sigma 1.5, only inside the image; K1 = 0.01, K2 = 0.03, L = 255.
     """
     x, y = planes(sr, hr, shave, luma)
-    if min(x.shape[-2:]) < 11:
+    if min(x.shape[1:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the border")
-    window = gaussian(11, 1.5).to(x)
+    window = gaussian(11, 1.5)
 
     def mean(x):                                                 # weighted by the window
-        return weighted_sums(weighted_sums(x, window, -2), window, -1)
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
+        return weighted_sums(weighted_sums(x, window, 1), window, 2)
+
+    mu_x = mean(x)
+    mu_y = mean(y)
+    var_x = mean(x * x) - mu_x ** 2
+    var_y = mean(y * y) - mu_y ** 2
     covariance = mean(x * y) - mu_x * mu_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) \
-        / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    value = value.mean((-3, -2, -1))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    above = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
+    below = (mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2)
+    return (above / below).mean().item()
 
 
 @functools.cache
@@ -1061,10 +1085,12 @@ def lpips(sr, hr, shave=0, luma=False):
         raise InputError("LPIPS needs at least 32x32 pixels; leave it out")
     network = load_lpips()
     device = next(network.parameters()).device
-    x, y = (to_tensor(image)[None].to(device) * 2 - 1 for image in (sr, hr))
+    x = to_tensor(sr)[None].to(device) * 2 - 1                   # [1, 3, H, W] in [-1, 1]
+    y = to_tensor(hr)[None].to(device) * 2 - 1
     return network(x, y).item()
 
 
+# A metric is one row here: tables, files, logs and best checkpoints take it from there.
 Metric = namedtuple("Metric", "function title digits higher_is_better")
 METRICS = {
     "psnr": Metric(psnr, "PSNR (dB)", digits=2, higher_is_better=True),
@@ -1075,48 +1101,101 @@ METRICS = {
 
 def usable_metrics(with_lpips=True, device="cpu"):
     """Names of METRICS, LPIPS only if it is wanted and available; if it is not, a line says so."""
-    try:
-        if with_lpips:
+    names = list(METRICS)
+    if with_lpips:
+        try:
             load_lpips().to(device)
-            return list(METRICS)
-    except InputError as error:
-        say(f"{error}; going on without it")
-    return [name for name in METRICS if name != "lpips"]
+            return names
+        except InputError as error:
+            say(f"{error}; going on without it")
+    names.remove("lpips")
+    return names
 
 
 def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
     """Compare two uint8 arrays [H, W, 3]: {name: value} of METRICS, None if not in `names`."""
-    return {name: metric.function(sr, hr, shave, luma) if name in names else None
-            for name, metric in METRICS.items()}
+    scores = dict.fromkeys(METRICS)
+    for name in names:
+        scores[name] = METRICS[name].function(sr, hr, shave, luma)
+    return scores
+
+
+def measure_all(pairs, models, scale, kernel, save=None, **protocol):
+    """Measure models on the images of find_pairs: {stem: {model: result of measure}}.
+
+    models: {name: function of LR, uint8 [h, w, 3], and of the image's stem, which returns SR}.
+    protocol: names, shave and luma, as for measure. save: called as save(stem, {model: SR}, HR,
+    {model: result of measure}) after each image. An image that cannot be measured is left out for
+    all models, and a line says why; so is one of a single colour, on which PSNR means nothing.
+    """
+    results = {}
+    for stem, hr_path, lr_path in tqdm(pairs, unit="image", leave=False, disable=None):
+        try:
+            lr, hr = open_pair(hr_path, lr_path, scale, kernel)
+            if (hr == hr[0, 0]).all():
+                raise InputError("all pixels have one colour, so that PSNR means nothing; left out")
+            # Every model's SR comes before the first metric: if one fails, none is measured.
+            images = {}
+            for model, super_resolve in models.items():
+                images[model] = super_resolve(lr, stem)
+                if images[model].shape != hr.shape:
+                    raise InputError(f"the image of {model} is not {hr.shape[1]}x{hr.shape[0]}")
+            scores = {}
+            for model, sr in images.items():
+                scores[model] = measure(sr, hr, **protocol)
+            if save:
+                save(stem, images, hr, scores)
+            results[stem] = scores
+        except InputError as error:
+            message = str(error)
+            if not message.startswith((str(hr_path), str(lr_path))):
+                message = f"{stem}: {message}"
+            say(message)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            say(f"{stem}: out of memory")
+    return results
 
 
 def aggregate(scores):
     """Results of measure for several images -> {metric: {"mean", "std"}, or None if missing}."""
-    columns = {name: [score[name] for score in scores] for name in METRICS}
-    with np.errstate(invalid="ignore"):                          # inf - inf
-        return {name: None if None in values else
-                {"mean": float(np.mean(values)), "std": float(np.std(values))}
-                for name, values in columns.items()}
+    summary = dict.fromkeys(METRICS)
+    for name in METRICS:
+        values = [score[name] for score in scores]
+        if None not in values:
+            summary[name] = {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    return summary
 
 
-def describe(metrics):
-    """Means as text, such as "PSNR 28.43  SSIM 0.8111"."""
-    return "  ".join(f"{name.upper()} {metrics[name]['mean']:.{metric.digits}f}"
-                     for name, metric in METRICS.items() if metrics[name])
+def describe(summary):
+    """The means of aggregate as text, such as "PSNR 28.43  SSIM 0.8111"."""
+    parts = []
+    for name, metric in METRICS.items():
+        if summary[name]:
+            parts.append(f"{name.upper()} {summary[name]['mean']:.{metric.digits}f}")
+    return "  ".join(parts)
 
 
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
     h, w, _ = images[0].shape
-    longest = max("\n".join(labels).split("\n"), key=ImageFont.load_default(24).getlength)
-    size = next((n for n in range(24, 8, -1)
-                 if ImageFont.load_default(n).getlength(longest) <= w), 8)
-    height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
+
+    # The largest size of letters, from 24 down to 8, with which every line fits below its image.
+    lines = "\n".join(labels).split("\n")
+    size = 24
+    while size > 8 and max(map(ImageFont.load_default(size).getlength, lines)) > w:
+        size -= 1
+    most_lines = max(label.count("\n") + 1 for label in labels)
+    height = h + (1 + most_lines) * size * 4 // 3
+
     sheet = Image.new("RGB", (len(images) * (w + 4) - 4, height), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels)):
-        sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
-        ImageDraw.Draw(sheet).text((i * (w + 4) + w / 2, (h + height) / 2), label, fill="black",
-                                   font_size=size, anchor="mm", align="center")
+        left = i * (w + 4)                                       # 4 white pixels between images
+        sheet.paste(Image.fromarray(image), (left, 0))
+        draw.text((left + w / 2, (h + height) / 2), label, fill="black", font_size=size,
+                  anchor="mm", align="center")
     return sheet
 
 
@@ -1389,8 +1468,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A new
-#    loss, network or norm is one function or class here, one row in its table, one setting.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1514,6 +1593,19 @@ class TruncatedSqueezeNet(ContentNetwork):
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 
 
+def total_variation(sr, hr):
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22, with weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    HR plays no part; it is there because all content losses are called alike.
+    """
+    down = sr.diff(dim=2).abs().sum()
+    right = sr.diff(dim=3).abs().sum()
+    return (down + right) / len(sr)
+
+
 def grid_loss(sr, hr, scale=4, window=8):
     """Penalise a grid of the period of an LR pixel. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
@@ -1552,11 +1644,6 @@ def fourier_amplitudes(x, window):
     return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
 
-def tv_loss(sr, hr):
-    """total_variation, called like the other losses; HR plays no part. -> scalar"""
-    return total_variation(sr)
-
-
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 
 
@@ -1565,7 +1652,7 @@ def content_losses(pixel_loss="mse", phi=None, scale=4):
     return {
         "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
         "content": functools.partial(content_loss, phi),         # Eq. 5
-        "tv": tv_loss,                                           # Sec. 3.4
+        "tv": total_variation,                                   # Sec. 3.4
         "grid": functools.partial(grid_loss, scale=scale),
         "fourier": fourier_loss,
     }
@@ -1781,19 +1868,27 @@ def demonstrate():
     torch.manual_seed(0)
     G = Generator()
     D = Discriminator()
-    phi = TruncatedVGG19("2_2", weights="random")                 # no download: its values are noise
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
     adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
     adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
-    for name, network in (("G", G), ("D", D)):
-        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
-    lr = torch.rand(4, 3, 24, 24)                                 # LR in [0, 1]
-    hr = torch.rand(4, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
-    print(f"LR {list(lr.shape)} -> SR {list(G(lr).shape)} -> logits {list(D(hr).shape)}")
-    steps = {"SRResNet": srresnet_step(G, adam_G, mse_loss, lr, hr),
-             "SRGAN": srgan_step(G, D, adam_G, adam_D, functools.partial(content_loss, phi), lr, hr)}
-    for name, losses in steps.items():
-        print(name, {key: round(loss.item(), 4) for key, loss in losses.items()})
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("one step of SRResNet: " + describe_losses(losses))
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("one step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
 
 
 if __name__ == "__main__":
