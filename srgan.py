@@ -33,7 +33,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import time
 import timeit
@@ -46,8 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
-                 TiffImagePlugin)
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -1333,12 +1331,12 @@ def temporary_path(path):
 def replacing(path):
     """A temporary path beside `path`: renamed to `path` on success, deleted on failure.
 
-    The next run replaces what a killed one left behind. Raises InputError if `path` is there and
-    no file.
+    The next run replaces what a killed one left behind. Raises InputError if `path` is a folder
+    or a device.
     """
-    temporary = temporary_path(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} exists and is not a file; choose another name")
+        raise InputError(f"{path} is not a file; choose another name")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:

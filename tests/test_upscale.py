@@ -1,14 +1,18 @@
 """upscale.py: what is read, kept, written and said."""
 import errno
 import functools
+import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import ROOT, photo
 from PIL import Image, ImageCms, PngImagePlugin
 
 import srgan
@@ -461,3 +465,28 @@ def test_impossible_options_are_refused(script):
                    --ckpt x --model srgan | --blend 1 --model srgan | --max-megapixels nan
                    """.replace("|", "\n").strip().split("\n"):
         assert script("upscale", "a.png", "out.png", *line.split())[0] == 2, line
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")
+def test_the_readmes_video_recipe_keeps_colours_shape_speed_and_sound(tmp_path):
+    """The commands as they are printed there, on three green frames of wide pixels."""
+    def run(command):
+        return subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, env=environment,
+                              capture_output=True).stdout
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "upscale.py").symlink_to(ROOT / "upscale.py")
+    run("ffmpeg -f lavfi -i color=0x00ff00:s=44x34:r=30:d=0.1 -f lavfi -i sine=d=0.1 -c:v libx264"
+        " -qp 0 -pix_fmt yuv444p -vf scale=out_color_matrix=bt709,setparams=colorspace=bt709,"
+        "setsar=15/11 -c:a pcm_s16le -f mov in.mp4")
+    recipe = (ROOT / "README.md").read_text("utf-8").split("**A video**")[1].split("```")[1]
+    run(recipe.removeprefix("bash"))
+    facts = run("ffprobe -v error -of json -show_streams out.mp4")
+    video, sound = json.loads(facts)["streams"]
+    assert (video["width"], video["height"]) == (4 * 60, 4 * 34) and video["nb_frames"] == "3"
+    assert video["r_frame_rate"] == "30/1" and sound["codec_name"] == "aac"
+    assert {video["color_space"], video["color_primaries"], video["color_transfer"]} == {"bt709"}
+    planes = run("ffmpeg -i out.mp4 -frames:v 1 -f rawvideo -pix_fmt yuv444p -")
+    y, cb, cr = np.frombuffer(planes, np.uint8).reshape(3, -1).mean(1)
+    assert abs(y - 173) < 6 and abs(cb - 42) < 6 and abs(cr - 26) < 6    # BT.601: 145, 54, 34
