@@ -465,6 +465,8 @@ class State:
 
 def restore_adam(adam, saved):
     """Restore Adam's moments. Raises ValueError where they do not fit, for fused Adam would not."""
+    if not saved:                                                # it has not taken a step yet
+        return
     for i, p in enumerate(adam.param_groups[0]["params"]):
         adam.state[p]["step"] = torch.tensor(float(saved[i]["step"]), device=p.device)
         for name in ("exp_avg", "exp_avg_sq"):
