@@ -110,8 +110,9 @@ def train(tools, state, batches, folder, settings, stage, device, world):
         # One update, with the learning rate and the random numbers that belong to it.
         factor = rate_factor(values, state.step, steps)
         state.set_rates(factor)
+        pairs = next(batches)                                    # the first call draws numbers, too
         torch.manual_seed(settings["seed"] + state.step)         # the same when resumed
-        losses = update(tools, next(batches))
+        losses = update(tools, pairs)
         state.record(losses, settings["ema"])
         state.seconds = time.monotonic() - began
         bar.update()
