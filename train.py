@@ -397,13 +397,15 @@ class State:
         self.current = srgan.float_state(networks["generator"])
 
         # An Adam for each network, with a learning rate of its own.
+        beta1, beta2 = values["betas"]
         self.base_rates = {"generator": values["lr"]}
         if "discriminator" in networks:
             self.base_rates["discriminator"] = values["discriminator_lr"] or values["lr"]
         self.adam = {}
         for name, network in networks.items():
             self.adam[name] = torch.optim.Adam(network.parameters(), self.base_rates[name],
-                                               tuple(values["betas"]), fused=device.type != "meta")
+                                               (float(beta1), float(beta2)),
+                                               fused=device.type != "meta")
 
         # What has happened so far.
         self.step = 0
@@ -800,6 +802,8 @@ def resolve_settings(args, saved=None):
         raise InputError(f"patch_size must be a multiple of scale, {settings['scale']}")
     if len(settings["split"]) != 3 or sum(settings["split"]) != 100:
         raise InputError("split must be three percentages, in total 100")
+    if len(settings[f"{args.stage}.betas"]) != 2:
+        raise InputError(f"{args.stage}.betas must be two numbers")
     weights = [settings[f"{args.stage}.{name}_weight"] for name in srgan.CONTENT_LOSSES
                if name != "tv"]
     if not any(weights):
