@@ -19,10 +19,8 @@ the original that it was made from, and SR = G(LR) the network's answer.
 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
-
-`python srgan.py` builds both networks and takes one step of each stage on random patches.
+`python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
-# Sections 1 to 3 need only torch and math. The other imports serve what surrounds the paper.
 import contextlib
 import copy
 import functools
@@ -73,17 +71,14 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], about [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
-                     16 residual blocks
-                 ┌────────────────────────┐
-        LR ── head ─┬─ block ─ ... ─ block ── fuse ─ + ── upsample ── upsample ── tail ── SR
-          k9n64s1   │                     k3n64s1   │    k3n256s1    k3n256s1   k9n3s1
-          PReLU     └───────── skip ────── BN ──────┘    shuffle x2, PReLU (each)
+        LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
+             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
+             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
 
-    1,547,350 parameters at scale 4. `scale` is 2, 4 or 8: one upsampling layer for each factor of
-    2. Beyond the paper: `tanh` keeps SR in [-1, 1] by a last Tanh, as nearly every implementation
-    does, train.py too.
+    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
+    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
     """
     block = "residual"                                            # its name in GENERATORS (sec. 8)
 
@@ -115,10 +110,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
-
-    It is built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features.
-    """
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -131,7 +123,7 @@ class Discriminator(nn.Module):
             discriminator_block(256, 256, stride=2),              # k3n256s2
             discriminator_block(256, 512, stride=1),              # k3n512s1
             discriminator_block(512, 512, stride=2))              # k3n512s2
-        side = math.ceil(patch_size / 16)                         # 96 -> 6
+        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
             nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
@@ -153,10 +145,7 @@ def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
-
-    The mean includes the three colours, which Eq. 4 does not mention.
-    """
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
@@ -208,30 +197,17 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
-    divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54.
+    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
+    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
-def total_variation(sr):
-    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
-
-    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
-    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
-    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
-    """
-    down = sr.diff(dim=2).abs().sum()
-    right = sr.diff(dim=3).abs().sum()
-    return (down + right) / len(sr)
-
-
 def adversarial_loss(D, sr):
-    """Eq. 6, l_Gen: mean of -log D(SR) over the batch, where the paper sums. [N, 3, H, W] -> scalar
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    By Eq. 2, G would minimise log(1 - D(SR)); Sec. 2.2.2 prefers -log D(SR) for its gradients.
-    D returns logits: log D(SR) of the paper is the logarithm of their sigmoid.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
+    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
     """
     return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
@@ -247,7 +223,7 @@ def perceptual_loss(l_x, l_gen, weight=1e-3):
 # ==================================================================================================
 
 def srresnet_step(G, adam, content, lr, hr):
-    """Stage 1: one step of Eq. 1, which updates G to reduce l^SR, here a content loss alone.
+    """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
     content: a function of SR and HR; in the paper, Eq. 4.
     lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
@@ -267,10 +243,10 @@ def discriminator_loss(real, fake):
 
 
 def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
-    """One step of D alone. sr, without a gradient, and hr: [N, 3, 4h, 4w] in [-1, 1].
+    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    d_loss: a function of the logits of HR and of SR. Beyond the paper: penalty, a function of SR
-    and HR. Returns {name: scalar}.
+    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
+    HR. Returns {name: scalar}.
     """
     D.requires_grad_(True)
     real = D(hr)                                                  # [N]; two passes, because batch
@@ -288,16 +264,16 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
     """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
 
     content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}. Beyond the
-    paper: other losses for G and D, and a penalty, see discriminator_step.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
+    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
 
     # D learns to tell HR from SR.
     losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
 
-    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 replaces G's
-    # side of Eq. 2, because its gradients do not vanish.
+    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
+    # G's side of Eq. 2, because its gradients do not vanish.
     l_x = content(sr, hr)                                         # Eq. 5
     l_gen = g_loss(D, sr)                                         # Eq. 6
     l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
@@ -1366,8 +1342,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A new
-#    loss, network or norm is one function or class here, one row in its table, one setting.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1491,6 +1467,19 @@ class TruncatedSqueezeNet(ContentNetwork):
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 
 
+def total_variation(sr, hr):
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22, with weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    HR plays no part; it is there because all content losses are called alike.
+    """
+    down = sr.diff(dim=2).abs().sum()
+    right = sr.diff(dim=3).abs().sum()
+    return (down + right) / len(sr)
+
+
 def grid_loss(sr, hr, scale=4, window=8):
     """Penalise a grid of the period of an LR pixel. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
@@ -1529,11 +1518,6 @@ def fourier_amplitudes(x, window):
     return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
 
-def tv_loss(sr, hr):
-    """total_variation, called like the other losses; HR plays no part. -> scalar"""
-    return total_variation(sr)
-
-
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 
 
@@ -1542,7 +1526,7 @@ def content_losses(pixel_loss="mse", phi=None, scale=4):
     return {
         "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
         "content": functools.partial(content_loss, phi),         # Eq. 5
-        "tv": tv_loss,                                           # Sec. 3.4
+        "tv": total_variation,                                   # Sec. 3.4
         "grid": functools.partial(grid_loss, scale=scale),
         "fourier": fourier_loss,
     }
@@ -1758,19 +1742,27 @@ def demonstrate():
     torch.manual_seed(0)
     G = Generator()
     D = Discriminator()
-    phi = TruncatedVGG19("2_2", weights="random")                 # no download: its values are noise
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
     adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
     adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
-    for name, network in (("G", G), ("D", D)):
-        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
-    lr = torch.rand(4, 3, 24, 24)                                 # LR in [0, 1]
-    hr = torch.rand(4, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
-    print(f"LR {list(lr.shape)} -> SR {list(G(lr).shape)} -> logits {list(D(hr).shape)}")
-    steps = {"SRResNet": srresnet_step(G, adam_G, mse_loss, lr, hr),
-             "SRGAN": srgan_step(G, D, adam_G, adam_D, functools.partial(content_loss, phi), lr, hr)}
-    for name, losses in steps.items():
-        print(name, {key: round(loss.item(), 4) for key, loss in losses.items()})
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("one step of SRResNet: " + describe_losses(losses))
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("one step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
 
 
 if __name__ == "__main__":

@@ -594,6 +594,7 @@ class RunFolder:
     def __init__(self, path, args, settings, state, pairs, device, start):
         self.path = path
         self.settings = settings
+        self.scale = settings["scale"]
         self.state = state
         self.pairs = pairs
         self.metrics = srgan.usable_metrics(settings["lpips"], device)
@@ -614,17 +615,13 @@ class RunFolder:
         if start:
             state.baselines["start"] = self.validate(lambda lr, _: srgan.upscale(start, lr))
 
-    @property
-    def scale(self):
-        return self.settings["scale"]
-
-    def validate(self, upscale):
-        """Mean and standard deviation of the metrics of upscale(lr, stem), as evaluate.py measures.
+    def validate(self, model):
+        """Mean and standard deviation of the metrics of model(lr, stem), as evaluate.py measures.
 
         An image that cannot be measured is left out from now on, with a message. Raises InputError
         if no image is left.
         """
-        results = srgan.measure_all(self.pairs, {"SR": upscale}, self.scale,
+        results = srgan.measure_all(self.pairs, {"SR": model}, self.scale,
                                     self.settings["kernel"], names=self.metrics, shave=self.scale)
         self.pairs = [pair for pair in self.pairs if pair[0] in results]
         if not results:
@@ -642,14 +639,14 @@ class RunFolder:
             for name in self.metrics:
                 row[name] = scores[name]["mean"]
                 row[f"{name}_std"] = scores[name]["std"]
-                self.keep_best(name, scores[name], epoch)
+                self.save_if_best(name, scores[name], epoch)
         self.log(row)
         every = self.settings["checkpoint_every"]
         if every and epoch % every == 0:
             self.save(f"epoch_{epoch:04d}")
         self.save()
 
-    def keep_best(self, name, score, epoch):
+    def save_if_best(self, name, score, epoch):
         """Save checkpoint_best_<name>.pth if this metric is better than in all earlier epochs."""
         best = self.state.best
         if name in best:
@@ -726,12 +723,8 @@ def read_rows(path, step):
 
 def write_rows(path, rows):
     """Write metrics.csv: a row for each epoch, a column for each loss and metric."""
-    columns = ["epoch", "update", "lr", *LOSSES]
-    for name in srgan.METRICS:
-        columns.append(name)
-        columns.append(f"{name}_std")
-    columns.append("updates_per_s")
-    columns.append("memory_mb")
+    scores = [name + end for name in srgan.METRICS for end in ("", "_std")]
+    columns = ["epoch", "update", "lr", *LOSSES, *scores, "updates_per_s", "memory_mb"]
     with srgan.replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
