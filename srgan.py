@@ -502,33 +502,54 @@ def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
-def by_stem(paths):
-    """{stem: path}. Raises InputError if two images have the same name."""
+# What the name of an LR image may have behind the name of its HR image; {} is the scale.
+LR_ENDINGS = ("_LR", "x{}", "_x{}", "_LRx{}", "_LR_x{}", "_LR{}", "_bicLRx{}", "_LRBI_x{}")
+
+
+def by_stem(paths, folder=None):
+    """{stem: path}. The stem is the name without its ending or, given `folder`, the path below it.
+
+    Raises InputError if two images have the same stem.
+    """
     found = {}
     for path in paths:
-        if path.stem in found:
-            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
-        found[path.stem] = path
+        stem = path.stem
+        if folder is not None:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise InputError(f"{path} and {found[stem]} have the same name; keep one of them")
+        found[stem] = path
     return found
+
+
+def name_of(stem):
+    """The stem of an HR image without the endings that say so: a_HR and a_HR_x4 become a."""
+    return re.sub(r"_HR(_?x[248])?$", "", stem)
 
 
 def lr_names(stem, scale):
     """The stems that the LR image of the HR image `stem` may have."""
-    endings = "_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}"
-    return [stem, *(stem.removesuffix("_HR") + ending for ending in endings)]
+    names = [stem]
+    for ending in LR_ENDINGS:
+        names.append(name_of(stem) + ending.format(scale))
+    return names
 
 
 def find_hr(folder):
     """Paths of the HR images in a folder or its HR/. Raises InputError if some are LR images."""
     folder = Path(folder)
-    folder = folder / "HR" if (folder / "HR").is_dir() else folder
+    if (folder / "HR").is_dir():
+        folder = folder / "HR"
     paths = find_images(folder)
-    stems = {path.with_suffix("") for path in paths}
+    stems = {os.path.splitext(path)[0] for path in paths}
     for path in paths:
+        # An LR image is in a folder such as LR_bicubic or X4, or beside its HR image.
         below = str(path)[len(str(folder)):]
-        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I) or any(
-                path.with_name(name) in stems for scale in SCALES
-                for name in lr_names(path.stem, scale)[1:]):
+        mixed = re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I)
+        for scale in SCALES:
+            names = lr_names(os.path.splitext(path)[0], scale)[1:]
+            mixed = mixed or not stems.isdisjoint(names)
+        if mixed:
             raise InputError(f"{folder} also holds LR images (see {path}); put HR and LR images "
                              "into separate folders, and give the one with HR")
     return paths
@@ -539,20 +560,32 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
 
     The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
     lr_folder names LR images that are elsewhere. LR images have the name of their HR image, or
-    that name and x4, _x4, _LR, _LRx4 or _LR_x4. Raises InputError if two images have the same
-    name, or if an HR image has no LR image.
+    that name and one of LR_ENDINGS. Where HR images in different subfolders have the same name,
+    stems are paths, such as 000/00000001, and LR images are in subfolders of the same names.
+    Raises InputError if two images have the same stem, or if an HR image has no LR image.
     """
-    folder = Path(folder)
-    if lr_folder is None and (folder / "HR").is_dir():
-        usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
-        lr_folder = next((path for path in usual if path.is_dir()), None)
-    hr, pairs = by_stem(find_hr(folder)), []
-    lr = by_stem(find_images(lr_folder)) if lr_folder else {}
+    hr_folder = Path(folder)
+    if (hr_folder / "HR").is_dir():
+        hr_folder = hr_folder / "HR"
+        for usual in (f"LR_{kernel}_x{scale}", f"LR_{kernel}/X{scale}"):
+            if lr_folder is None and Path(folder, usual).is_dir():
+                lr_folder = Path(folder, usual)
+
+    # HR by stem. Names alone are enough if they differ: HR and LR may then be sorted differently.
+    paths = find_hr(hr_folder)
+    by_path = len({path.stem for path in paths}) < len(paths)
+    hr = by_stem(paths, hr_folder if by_path else None)
+    if lr_folder is None:
+        return [(stem, path, None) for stem, path in sorted(hr.items())]
+
+    # LR for each of them.
+    lr = by_stem(find_images(lr_folder), lr_folder if by_path else None)
+    pairs = []
     for stem, path in sorted(hr.items()):
-        match = next((lr[name] for name in lr_names(stem, scale) if name in lr), None)
-        if lr_folder and match is None:
+        names = [name for name in lr_names(stem, scale) if name in lr]
+        if not names:
             raise InputError(f"{path}: {lr_folder} holds no image of this name")
-        pairs.append((stem, path, match))
+        pairs.append((stem, path, lr[names[0]]))
     return pairs
 
 
@@ -563,13 +596,23 @@ def split(pairs, shares=(80, 15, 5), validate_on=0):
     get at least one image unless their share is 0. If validate_on is not 0, it limits val; the
     rest of val joins train.
     """
-    ranked = sorted(pairs, key=lambda pair: (
-        hashlib.sha256(os.fsencode(pair[1].name)).digest(), pair[1].as_posix()))
-    val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
+    def rank(pair):
+        path = pair[1]
+        return hashlib.sha256(os.fsencode(path.name)).digest(), path.as_posix()
+
+    # In this order: val, what validate_on takes from it, test, train.
+    ranked = sorted(pairs, key=rank)
+    sizes = []
+    for share in shares[1:]:
+        sizes.append(max(len(ranked) * share // 100, int(share > 0)))
+    val, test = sizes
     held_out = min(val, validate_on or val)
-    parts = {"val": ranked[:held_out], "test": ranked[val:val + test],
-             "train": ranked[held_out:val] + ranked[val + test:]}
-    return {name: sorted(part, key=lambda pair: pair[1]) for name, part in parts.items()}
+    parts = {"train": ranked[held_out:val] + ranked[val + test:],
+             "val": ranked[:held_out],
+             "test": ranked[val:val + test]}
+    for part in parts.values():
+        part.sort(key=lambda pair: pair[1])
+    return parts
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
@@ -578,12 +621,14 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
     Raises InputError if an image cannot be read or the sizes do not match.
     """
     hr = open_rgb(hr_path)
-    h, w = (side // scale for side in hr.shape[:2])
-    if not h or not w:
+    h = hr.shape[0] // scale
+    w = hr.shape[1] // scale
+    if min(h, w) == 0:
         raise InputError(f"{hr_path}: {hr.shape[1]}x{hr.shape[0]} is smaller than one LR pixel")
     hr = hr[:h * scale, :w * scale]
     if lr_path is None:
-        return to_pixels(downsample(to_tensor(hr)[None], scale, kernel) * 2 - 1)[0].numpy(), hr
+        lr = downsample(to_tensor(hr)[None], scale, kernel)      # [1, 3, h, w] in [0, 1]
+        return to_pixels(lr * 2 - 1)[0].numpy(), hr
     lr = open_rgb(lr_path)
     if lr.shape != (h, w, 3):
         raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of "
@@ -864,37 +909,37 @@ ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def planes(sr, hr, shave, luma):
-    """Two images as psnr takes them -> two float64 [..., 1 or 3, H - 2 shave, W - 2 shave]."""
-    if sr.shape != hr.shape:
-        raise ValueError(f"images of different sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    """What is compared of two images: two float64 tensors [1 or 3, H - 2 shave, W - 2 shave]."""
     for image in (sr, hr):
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image)).movedim(-1, -3)
-        elif image.is_floating_point():
-            image = to_pixels(image).movedim(-1, -3)             # as saved to a file
-        if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
-            raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
-                             f"{image.dtype} {tuple(image.shape)}")
-        h, w = image.shape[-2:]
-        if min(h, w) <= 2 * shave:
-            raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
-        x = image[..., shave:h - shave, shave:w - shave].double()
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ValueError("expected two uint8 arrays [H, W, 3]")
+    if sr.shape != hr.shape:
+        raise ValueError(f"images of different sizes: {sr.shape} and {hr.shape}")
+    h, w, _ = hr.shape
+    if min(h, w) <= 2 * shave:
+        raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
+    found = []
+    for image in (sr, hr):
+        x = torch.from_numpy(image.copy()).movedim(-1, 0)        # [3, H, W]
+        x = x[:, shave:h - shave, shave:w - shave].double()
         if luma:                                                 # Y of BT.601, in [16, 235]
-            r, g, b = x.split(1, dim=-3)
+            r, g, b = x.split(1)
             x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
-        yield x
+        found.append(x)
+    return found
 
 
 def psnr(sr, hr, shave=4, luma=True):
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical images.
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), of two uint8 arrays [H, W, 3].
 
-    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1]
-    (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
-    luma: on Y of BT.601 instead of RGB. Raises ValueError if the sizes differ or nothing remains.
+    shave: pixels removed from each border. luma: on Y of BT.601 instead of RGB. Identical images
+    have no finite PSNR; they get 100 dB, the largest value, so that a mean over images exists.
+    Raises ValueError if the sizes differ or nothing remains.
     """
     x, y = planes(sr, hr, shave, luma)
-    value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    mse = (x - y).square().mean()
+    value = 10 * torch.log10(255 ** 2 / mse)                     # inf for identical images
+    return value.clamp(max=100).item()
 
 
 def ssim(sr, hr, shave=4, luma=True):
@@ -903,20 +948,23 @@ def ssim(sr, hr, shave=4, luma=True):
     11x11 Gaussian window of sigma 1.5, only inside the image; K1 = 0.01, K2 = 0.03, L = 255.
     """
     x, y = planes(sr, hr, shave, luma)
-    if min(x.shape[-2:]) < 11:
+    if min(x.shape[1:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the border")
-    window = gaussian(11, 1.5).to(x)
+    window = gaussian(11, 1.5)
 
     def mean(x):                                                 # weighted by the window
-        return weighted_sums(weighted_sums(x, window, -2), window, -1)
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
+        return weighted_sums(weighted_sums(x, window, 1), window, 2)
+
+    mu_x = mean(x)
+    mu_y = mean(y)
+    var_x = mean(x * x) - mu_x ** 2
+    var_y = mean(y * y) - mu_y ** 2
     covariance = mean(x * y) - mu_x * mu_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) \
-        / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    value = value.mean((-3, -2, -1))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    above = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
+    below = (mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2)
+    return (above / below).mean().item()
 
 
 @functools.cache
@@ -940,10 +988,12 @@ def lpips(sr, hr, shave=0, luma=False):
         raise InputError("LPIPS needs at least 32x32 pixels; leave it out")
     network = load_lpips()
     device = next(network.parameters()).device
-    x, y = (to_tensor(image)[None].to(device) * 2 - 1 for image in (sr, hr))
+    x = to_tensor(sr)[None].to(device) * 2 - 1                   # [1, 3, H, W] in [-1, 1]
+    y = to_tensor(hr)[None].to(device) * 2 - 1
     return network(x, y).item()
 
 
+# A metric is one row here: tables, files, logs and best checkpoints take it from there.
 Metric = namedtuple("Metric", "function title digits higher_is_better")
 METRICS = {
     "psnr": Metric(psnr, "PSNR (dB)", digits=2, higher_is_better=True),
@@ -954,48 +1004,101 @@ METRICS = {
 
 def usable_metrics(with_lpips=True, device="cpu"):
     """Names of METRICS, LPIPS only if it is wanted and available; if it is not, a line says so."""
-    try:
-        if with_lpips:
+    names = list(METRICS)
+    if with_lpips:
+        try:
             load_lpips().to(device)
-            return list(METRICS)
-    except InputError as error:
-        say(f"{error}; going on without it")
-    return [name for name in METRICS if name != "lpips"]
+            return names
+        except InputError as error:
+            say(f"{error}; going on without it")
+    names.remove("lpips")
+    return names
 
 
 def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
     """Compare two uint8 arrays [H, W, 3]: {name: value} of METRICS, None if not in `names`."""
-    return {name: metric.function(sr, hr, shave, luma) if name in names else None
-            for name, metric in METRICS.items()}
+    scores = dict.fromkeys(METRICS)
+    for name in names:
+        scores[name] = METRICS[name].function(sr, hr, shave, luma)
+    return scores
+
+
+def measure_all(pairs, models, scale, kernel, save=None, **protocol):
+    """Measure models on the images of find_pairs: {stem: {model: result of measure}}.
+
+    models: {name: function of LR, uint8 [h, w, 3], and of the image's stem, which returns SR}.
+    protocol: names, shave and luma, as for measure. save: called as save(stem, {model: SR}, HR,
+    {model: result of measure}) after each image. An image that cannot be measured is left out for
+    all models, and a line says why; so is one of a single colour, on which PSNR means nothing.
+    """
+    results = {}
+    for stem, hr_path, lr_path in tqdm(pairs, unit="image", leave=False, disable=None):
+        try:
+            lr, hr = open_pair(hr_path, lr_path, scale, kernel)
+            if (hr == hr[0, 0]).all():
+                raise InputError("all pixels have one colour, so that PSNR means nothing; left out")
+            # Every model's SR comes before the first metric: if one fails, none is measured.
+            images = {}
+            for model, super_resolve in models.items():
+                images[model] = super_resolve(lr, stem)
+                if images[model].shape != hr.shape:
+                    raise InputError(f"the image of {model} is not {hr.shape[1]}x{hr.shape[0]}")
+            scores = {}
+            for model, sr in images.items():
+                scores[model] = measure(sr, hr, **protocol)
+            if save:
+                save(stem, images, hr, scores)
+            results[stem] = scores
+        except InputError as error:
+            message = str(error)
+            if not message.startswith((str(hr_path), str(lr_path))):
+                message = f"{stem}: {message}"
+            say(message)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            say(f"{stem}: out of memory")
+    return results
 
 
 def aggregate(scores):
     """Results of measure for several images -> {metric: {"mean", "std"}, or None if missing}."""
-    columns = {name: [score[name] for score in scores] for name in METRICS}
-    with np.errstate(invalid="ignore"):                          # inf - inf
-        return {name: None if None in values else
-                {"mean": float(np.mean(values)), "std": float(np.std(values))}
-                for name, values in columns.items()}
+    summary = dict.fromkeys(METRICS)
+    for name in METRICS:
+        values = [score[name] for score in scores]
+        if None not in values:
+            summary[name] = {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    return summary
 
 
-def describe(metrics):
-    """Means as text, such as "PSNR 28.43  SSIM 0.8111"."""
-    return "  ".join(f"{name.upper()} {metrics[name]['mean']:.{metric.digits}f}"
-                     for name, metric in METRICS.items() if metrics[name])
+def describe(summary):
+    """The means of aggregate as text, such as "PSNR 28.43  SSIM 0.8111"."""
+    parts = []
+    for name, metric in METRICS.items():
+        if summary[name]:
+            parts.append(f"{name.upper()} {summary[name]['mean']:.{metric.digits}f}")
+    return "  ".join(parts)
 
 
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
     h, w, _ = images[0].shape
-    longest = max("\n".join(labels).split("\n"), key=ImageFont.load_default(24).getlength)
-    size = next((n for n in range(24, 8, -1)
-                 if ImageFont.load_default(n).getlength(longest) <= w), 8)
-    height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
+
+    # The largest size of letters, from 24 down to 8, with which every line fits below its image.
+    lines = "\n".join(labels).split("\n")
+    size = 24
+    while size > 8 and max(map(ImageFont.load_default(size).getlength, lines)) > w:
+        size -= 1
+    most_lines = max(label.count("\n") + 1 for label in labels)
+    height = h + (1 + most_lines) * size * 4 // 3
+
     sheet = Image.new("RGB", (len(images) * (w + 4) - 4, height), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels)):
-        sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
-        ImageDraw.Draw(sheet).text((i * (w + 4) + w / 2, (h + height) / 2), label, fill="black",
-                                   font_size=size, anchor="mm", align="center")
+        left = i * (w + 4)                                       # 4 white pixels between images
+        sheet.paste(Image.fromarray(image), (left, 0))
+        draw.text((left + w / 2, (h + height) / 2), label, fill="black", font_size=size,
+                  anchor="mm", align="center")
     return sheet
 
 
