@@ -148,3 +148,12 @@ def script(monkeypatch, capsys, tmp_path):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All that is computed in float32 is in float64: two ways to compute the same agree to 1e-9."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
