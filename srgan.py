@@ -581,7 +581,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     h, w = hr.shape[2:]
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
-    taps = KERNELS[kernel](scale).to(hr)
+    taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
     border = [reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
