@@ -165,3 +165,12 @@ def script(monkeypatch, capsys, tmp_path):
         return status, out, err
     with kept_signals():
         yield call
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All that is computed in float32 is in float64: two ways to compute the same agree to 1e-9."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

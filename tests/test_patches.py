@@ -383,20 +383,3 @@ def test_at_most_eight_images_are_decoded_ahead_by_four_threads(monkeypatch):
         assert len(started) <= i + 8
     assert len(started) == 40
     assert len(threads) <= 4
-
-
-# The split
-
-def test_a_split_holds_each_image_once_and_depends_only_on_the_names(tmp_path):
-    pairs = [(str(i), tmp_path / f"{i}.png", None) for i in range(40)]
-    parts = srgan.split(pairs, (80, 15, 5))
-    assert {name: len(part) for name, part in parts.items()} == {"train": 32, "val": 6, "test": 2}
-    assert sorted(sum(parts.values(), [])) == sorted(pairs)
-    moved = [(stem, tmp_path / "other" / path.name, None) for stem, path, _ in pairs[::-1]]
-    assert {pair[0] for pair in srgan.split(moved)["val"]} == {pair[0] for pair in parts["val"]}
-    assert parts["val"] != sorted(pairs)[:6]                     # not the first by name
-    few = srgan.split(pairs, (80, 15, 5), validate_on=2)
-    assert len(few["val"]) == 2 and {*few["val"]} < {*parts["val"]}
-    assert few["test"] == parts["test"] and sorted(sum(few.values(), [])) == sorted(pairs)
-    two = srgan.split(pairs[:2], (95, 5, 0))
-    assert (len(two["train"]), len(two["val"]), two["test"]) == (1, 1, [])
