@@ -55,7 +55,7 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("scale", srgan.SCALES)
 @pytest.mark.parametrize("kernel", [*srgan.KERNELS, "wide"])
 def test_an_lr_pixel_sees_no_further_than_its_kernels_reach(wide, kernel, scale):
-    """reach, of each row of KERNELS: pixels beyond it may have any value."""
+    """reach and downsample, of each row of KERNELS: pixels beyond it may have any value."""
     reach = srgan.reach(kernel, scale)
     hr = torch.randint(256, (1, 3, 13 * scale, 13 * scale)) / 255
     other = torch.randint(256, hr.shape) / 255
@@ -74,6 +74,17 @@ def test_a_kernels_weights_lie_evenly_around_an_lr_pixel_and_add_up_to_1(wide, k
     assert len(taps) == scale + 2 * srgan.reach(kernel, scale)
     assert torch.equal(taps, taps.flip(0))
     assert taps.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_weighted_sums_are_a_convolution_with_a_stride():
+    """weighted_sums, along the rows and along the columns."""
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    taps = torch.randn(3, dtype=torch.float64)
+    kernel = taps.view(1, 1, 3, 1).expand(3, 1, 3, 1)
+    expected = torch.nn.functional.conv2d(x, kernel, stride=(2, 1), groups=3)
+    found = srgan.weighted_sums(x, taps, 2, 2)
+    assert (found - expected).abs().max() <= 1e-9
+    assert torch.equal(srgan.weighted_sums(x.transpose(2, 3), taps, 3, 2), found.transpose(2, 3))
 
 
 # Patches
@@ -208,8 +219,9 @@ def test_a_batch_depends_only_on_seed_rank_and_update(photos, tmp_path):
     patches = make(photos, tmp_path)
     whole = draw(patches, 4, 0, 8, augment="all")
     assert same(draw(patches, 4, 5, 8, augment="all"), whole[5:])
-    others = [whole[6], *draw(patches, 4, 7, 8, "all", seed=1), *draw(patches, 4, 7, 8, "all", 0, 1)]
-    for _, hr in others:
+    another_seed = draw(patches, 4, 7, 8, augment="all", seed=1)
+    another_rank = draw(patches, 4, 7, 8, augment="all", rank=1)
+    for _, hr in (whole[6], *another_seed, *another_rank):
         assert not torch.equal(hr, whole[7][1])
 
 

@@ -222,7 +222,7 @@ def test_srgan_step_is_ds_step_and_then_gs_against_the_new_d(game):
     ("bce", bce_d, bce_g), ("wasserstein", wasserstein_d, wasserstein_g),
     ("relativistic", relativistic_d, relativistic_g)])
 def test_update_plays_the_game_that_the_settings_name(game, name, d_loss, g_loss):
-    """train.update with each of ADVERSARIAL_LOSSES: wasserstein_g_loss and wasserstein_d_loss,
+    """train.update with each Game of ADVERSARIAL_LOSSES: wasserstein_g_loss and wasserstein_d_loss,
     relativistic_g_loss and relativistic_d_loss."""
     other = twin(game)
     tools = make_tools(game, game=srgan.ADVERSARIAL_LOSSES[name])
@@ -367,3 +367,14 @@ def test_d_sees_the_shifted_images_too(game):
     assert moves_of(pairs[0][1], early_real, most=2) == [move]
     assert torch.equal(again, fake)
     assert move != (0, 0)
+
+
+def test_the_demonstration_takes_a_step_of_each_stage(capsys):
+    """demonstrate, count_parameters, describe_losses: python srgan.py."""
+    srgan.demonstrate()
+    G, D, srresnet, srgan_losses = capsys.readouterr().out.splitlines()
+    assert G == "G: 1,547,350 parameters, [2, 3, 24, 24] -> [2, 3, 96, 96]"
+    assert D.endswith("[2, 3, 96, 96] -> [2]")
+    assert "loss" in srresnet
+    for name in ("discriminator", "d_real", "d_fake", "loss", "adversarial"):
+        assert f" {name} " in srgan_losses
