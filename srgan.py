@@ -19,14 +19,13 @@ the original that it was made from, and SR = G(LR) the network's answer.
 
 Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
 [-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
-
-`python srgan.py` builds both networks and takes one step of each stage on random patches.
+`python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
-# Sections 1 to 3 need only torch and math. The other imports serve what surrounds the paper.
 import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -38,7 +37,7 @@ import sys
 import time
 import timeit
 import warnings
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -73,17 +72,14 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], about [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
-                     16 residual blocks
-                 ┌────────────────────────┐
-        LR ── head ─┬─ block ─ ... ─ block ── fuse ─ + ── upsample ── upsample ── tail ── SR
-          k9n64s1   │                     k3n64s1   │    k3n256s1    k3n256s1   k9n3s1
-          PReLU     └───────── skip ────── BN ──────┘    shuffle x2, PReLU (each)
+        LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
+             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
+             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
 
-    1,547,350 parameters at scale 4. `scale` is 2, 4 or 8: one upsampling layer for each factor of
-    2. Beyond the paper: `tanh` keeps SR in [-1, 1] by a last Tanh, as nearly every implementation
-    does, train.py too.
+    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
+    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
     """
     block = "residual"                                            # its name in GENERATORS (sec. 8)
 
@@ -115,10 +111,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
-
-    It is built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features.
-    """
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -131,7 +124,7 @@ class Discriminator(nn.Module):
             discriminator_block(256, 256, stride=2),              # k3n256s2
             discriminator_block(256, 512, stride=1),              # k3n512s1
             discriminator_block(512, 512, stride=2))              # k3n512s2
-        side = math.ceil(patch_size / 16)                         # 96 -> 6
+        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
             nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
@@ -153,10 +146,7 @@ def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
-
-    The mean includes the three colours, which Eq. 4 does not mention.
-    """
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
@@ -208,30 +198,17 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
-    divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54.
+    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
+    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
-def total_variation(sr):
-    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
-
-    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
-    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
-    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
-    """
-    down = sr.diff(dim=2).abs().sum()
-    right = sr.diff(dim=3).abs().sum()
-    return (down + right) / len(sr)
-
-
 def adversarial_loss(D, sr):
-    """Eq. 6, l_Gen: mean of -log D(SR) over the batch, where the paper sums. [N, 3, H, W] -> scalar
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    By Eq. 2, G would minimise log(1 - D(SR)); Sec. 2.2.2 prefers -log D(SR) for its gradients.
-    D returns logits: log D(SR) of the paper is the logarithm of their sigmoid.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
+    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
     """
     return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
@@ -247,7 +224,7 @@ def perceptual_loss(l_x, l_gen, weight=1e-3):
 # ==================================================================================================
 
 def srresnet_step(G, adam, content, lr, hr):
-    """Stage 1: one step of Eq. 1, which updates G to reduce l^SR, here a content loss alone.
+    """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
     content: a function of SR and HR; in the paper, Eq. 4.
     lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
@@ -267,10 +244,10 @@ def discriminator_loss(real, fake):
 
 
 def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
-    """One step of D alone. sr, without a gradient, and hr: [N, 3, 4h, 4w] in [-1, 1].
+    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    d_loss: a function of the logits of HR and of SR. Beyond the paper: penalty, a function of SR
-    and HR. Returns {name: scalar}.
+    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
+    HR. Returns {name: scalar}.
     """
     D.requires_grad_(True)
     real = D(hr)                                                  # [N]; two passes, because batch
@@ -288,16 +265,16 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
     """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
 
     content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}. Beyond the
-    paper: other losses for G and D, and a penalty, see discriminator_step.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
+    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
 
     # D learns to tell HR from SR.
     losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
 
-    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 replaces G's
-    # side of Eq. 2, because its gradients do not vanish.
+    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
+    # G's side of Eq. 2, because its gradients do not vanish.
     l_x = content(sr, hr)                                         # Eq. 5
     l_gen = g_loss(D, sr)                                         # Eq. 6
     l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
@@ -319,10 +296,14 @@ def minimize(loss, adam):
 # ==================================================================================================
 
 SCALES = (2, 4, 8)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
-            ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # not EPS, which runs Ghostscript
-EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
+# What open_image reads, by Pillow's names: not EPS, PDF and WMF, which start or embed programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF", "JXL",
+           "JPEG2000", "QOI", "PSD", "ICO", "DDS", "TGA")
+INSTALL = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif",
+           ".jxl": "pillow-jxl-plugin", ".avif": "'pillow>=11.3'"}   # what reads these endings
+EXIF_IFDS = (0x8769, 0x8825)                                     # exposure, position
+EXIF_KEPT = (270, 271, 272, 305, 306, 315, 33432, *EXIF_IFDS)    # texts, such as the copyright
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)         # a PNG's cHRM: white, R, G, B
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
@@ -340,16 +321,70 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@functools.cache
+def readable_formats():
+    """{ending: Pillow's name of the format}; with HEIC and JPEG XL if their plug-ins are there."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_jxl")                    # registers itself
+    known = Image.registered_extensions()
+    return {ending: name for ending, name in known.items() if name in FORMATS}
+
+
 def find_images(path):
-    """Sorted paths of the images in a folder and its subfolders, or one file. Raises InputError."""
-    path = Path(path)
-    found = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*")
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    """Sorted paths of the images in a folder and its subfolders, or one file. Raises InputError.
+
+    Links to folders are followed, but each folder is entered once. Hidden files and folders are
+    left out, and @eaDir, which holds thumbnails. A line counts the other files that are skipped.
+    """
+    if os.path.isfile(path):
+        return [Path(path)]
+    found = []
+    skipped = Counter()
+    entered = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        is_hidden = os.path.basename(folder).startswith((".", "@eaDir")) and folder != str(path)
+        if is_hidden or os.path.realpath(folder) in entered:
+            subfolders.clear()
+            continue
+        entered.add(os.path.realpath(folder))
+        for file in [Path(folder, name) for name in names if not name.startswith(".")]:
+            ending = file.suffix.lower()
+            if ending in readable_formats() and file.is_file():
+                found.append(file)
+            elif ending in INSTALL:
+                skipped[f"{ending} (pip install {INSTALL[ending]})"] += 1
+            else:
+                skipped[ending or "without an ending"] += 1
+    if skipped:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+        say(f"{path}: skipped {skipped.total()} files that are no images it can read: {kinds}")
     if not found:
-        raise InputError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})"
-                         if path.is_dir() else f"{path}: no such file or folder")
-    return found
+        problem = "no images in this folder" if entered else "no such file or folder"
+        raise InputError(f"{path}: {problem}")
+    return sorted(found)
+
+
+def identify(file):
+    """PIL.Image.open for FORMATS: an image whose format and size are known, not yet its pixels."""
+    readable_formats()                                           # registers the plug-ins
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def to_srgb(image):
+    """Convert to sRGB by the image's ICC profile: CMYK to "RGB"; "L", "LA", "RGB", "RGBA" stay."""
+    try:
+        profile = io.BytesIO(image.info["icc_profile"])
+        colours = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"),
+                                            outputMode="RGB")
+    except Exception:                                            # no profile, or a broken one
+        colours = image.convert("RGB")
+    if image.mode in ("L", "LA"):
+        colours = colours.convert("L")
+    if image.mode in ("LA", "RGBA"):
+        colours.putalpha(image.getchannel("A"))
+    return colours
 
 
 def to_8_bits(image, raw):
@@ -357,66 +392,126 @@ def to_8_bits(image, raw):
 
     raw: Pillow's name for the pixels in the file; 16-bit grey with alpha has the mode "RGBA".
     """
-    tags = image.tag_v2 if image.format == "TIFF" else {}        # 258: bits; 262: 0 if 0 is white
-    if image.mode == "F" or tags and (image.mode == "I" or tags.get(258) == (12,)):
-        raise InputError("only unsigned 8-bit and 16-bit images can be read; convert it")
+    tags = getattr(image, "tag_v2", {})                          # of a TIFF
+    bits = max(tags.get(258, [8]))
+    kind = {1: "unsigned", 2: "signed"}.get(max(tags.get(339, [1])), "floating-point")
+    if image.mode == "F" or kind != "unsigned" or bits not in (1, 2, 4, 8, 16):
+        raise InputError(f"its pixels are {bits}-bit and {kind}; convert it to 8 bits, unsigned")
+    if bits == 16 and tags.get(262) == 0:
+        raise InputError("its pixels are 16-bit, and 0 is white; convert it to 8 bits")
+    if bits == 16 and tags.get(284) == 2 and tags.get(259) == 1:
+        raise InputError("its 16-bit colours are stored plane by plane; convert it to 8 bits")
     if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
         pixels = np.asarray(image, np.int32)
-        grey = np.uint8((pixels + 128) // 257)
-        grey = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)
+        grey = Image.fromarray(np.uint8((pixels + 128) // 257))
         if "transparency" in image.info:
-            grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
+            visible = pixels != image.info["transparency"]
+            grey.putalpha(Image.fromarray(np.uint8(255 * visible)))
         return grey
     if image.mode == "CMYK":
-        with contextlib.suppress(Exception):                     # no profile, or a broken one
-            from PIL import ImageCms
-            return ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]),
-                                             ImageCms.createProfile("sRGB"), outputMode="RGB")
-    mode = "L" if image.mode in ("1", "L", "LA") or raw == "LA;16B" else "RGB"
-    return image.convert(mode + "A" * image.has_transparency_data)
+        return to_srgb(image)
+    mode = "RGB"
+    if image.mode in ("1", "L", "LA") or raw == "LA;16B":
+        mode = "L"
+    if image.has_transparency_data:
+        mode += "A"
+    return image.convert(mode)
 
 
-def info_to_keep(image):
-    """The ICC profile, DPI and EXIF data (date, camera, position) that the result keeps."""
-    info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+def upright(exif):
+    """EXIF bytes as they are, but with orientation (tag 274) 1, as the image has been turned."""
+    exif = b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")          # some files lack it
+    little, big = b"\x12\1\3\0\1\0\0\0", b"\1\x12\0\3\0\0\0\1"
+    exif = re.sub(little + b"[^\0]\0", little + b"\1\0", exif, count=1)
+    return re.sub(big + b"\0[^\0]", big + b"\0\1", exif, count=1)
+
+
+def exif_to_rewrite(exif):
+    """Strip a PIL.Image.Exif to EXIF_KEPT, its texts as bytes, for Pillow would write é as "?"."""
+    for tag in {*exif} - {*EXIF_KEPT}:
+        del exif[tag]
+    for tag, value in exif.items():
+        if isinstance(value, str):
+            exif[tag] = value.encode("latin-1")
+    return exif
+
+
+def info_to_keep(image, exif):
+    """What the result keeps: "icc_profile", "dpi", "exif", "xmp", and a PNG's "text".
+
+    exif: the bytes in the file, or None where they are part of it (TIFF) or a text (some PNGs).
+    """
+    info = {"text": {}}
+    for key in ("icc_profile", "dpi", "xmp"):
+        if image.info.get(key):
+            info[key] = image.info[key]
     if image.mode == "CMYK":                                     # has become sRGB
         info.pop("icc_profile", None)
     if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):  # 0/0 in some TIFFs
         del info["dpi"]
     with contextlib.suppress(Exception):                         # broken EXIF raises anything
-        exif, kept = image.getexif(), Image.Exif()
-        for tag in EXIF_KEPT & {*exif}:
-            kept[tag] = exif[tag] if tag < 0x8769 else {
-                key: value for key, value in exif.get_ifd(tag).items()
-                if key not in (37500, 40962, 40963, 40965)}      # maker's notes, old sizes, offsets
-        if len(kept) and len(data := kept.tobytes()) < 65_000:   # JPEG's limit
-            info["exif"] = data
+        if exif:
+            Image.Exif().load(exif)                              # raises it
+            info["exif"] = upright(exif)
+        elif exif_to_rewrite(image.getexif()):
+            info["exif"] = image.getexif().tobytes()
+    for key in ("exif", "xmp"):
+        if len(info.get(key, b"")) > 65_000:                     # JPEG's limit
+            del info[key]
+    for key, text in getattr(image, "text", {}).items():
+        if not key.startswith(("XML:com.adobe.xmp", "Raw profile type")):    # XMP, EXIF ...
+            info["text"][key] = text
     return info
+
+
+def notes_on(image):
+    """Sentences on what is left behind of an image, or may look different."""
+    notes = []
+    with contextlib.suppress(Exception):                         # broken frames raise anything
+        if image.format != "PSD" and getattr(image, "n_frames", 1) > 1 or image.info.get("aux"):
+            notes.append("only its first picture is kept, without other frames, pages, gain maps")
+    is_defined = "icc_profile" in image.info or "srgb" in image.info
+    chromaticity = np.subtract(image.info.get("chromaticity", SRGB), SRGB)
+    gamma = image.info.get("gamma", 1 / 2.2) - 1 / 2.2
+    if not is_defined and max(abs(gamma), *abs(chromaticity)) > 0.02:
+        notes.append("its colours may look different, as gAMA and cHRM are not applied")
+    return notes
 
 
 def open_image(path):
     """Decode an image: a PIL.Image of mode "L", "LA", "RGB" or "RGBA", 8 bits, upright.
 
     EXIF orientation is applied. Palettes become RGB or RGBA, CMYK becomes sRGB by its ICC profile,
-    16 bits become 8, and an animation becomes its first frame. `info` comes from info_to_keep.
-    Raises InputError if the image cannot be read.
+    16 bits become 8, and an animation becomes its first frame. `info` holds what info_to_keep
+    says, "notes" of notes_on, and "lossless". Raises InputError if the image cannot be read.
     """
+    ending = Path(path).suffix.lower()
     try:
         # Not by its path: Pillow would map a plain TIFF into memory and leave it unrotated.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
-            raw = source.tile[0][3] if source.tile else ""
-            source.load()                                        # turns a TIFF upright
-            with contextlib.suppress(Exception):                 # broken EXIF
-                ImageOps.exif_transpose(source, in_place=True)
-            image = to_8_bits(source, raw)
-            image.info = info_to_keep(source)
-            return image
+        with open(path, "rb") as file:
+            with identify(file) as source:
+                notes = notes_on(source)
+                raw = source.tile[0][3] if source.tile else ""
+                source.load()                                    # turns a TIFF upright
+                exif = source.info.get("exif")                   # exif_transpose rewrites it
+                with contextlib.suppress(Exception):             # broken EXIF
+                    ImageOps.exif_transpose(source, in_place=True)
+                image = to_8_bits(source, raw)
+                image.info = info_to_keep(source, exif)
+                image.info["notes"] = notes
+                file.seek(0)
+                image.info["lossless"] = source.format == "WEBP" and b"VP8L" in file.read(2 ** 16)
+                return image
     except Image.DecompressionBombError:
         raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; "
                          "upscale.py accepts it with a higher --max-megapixels") from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: cannot be read as an image (not {', '.join(FORMATS)}, or "
-                         "broken)") from None
+        reason = "its content is of no format that is read"
+        if ending in INSTALL and ending not in readable_formats():
+            reason = f"to read it, pip install {INSTALL[ending]}"
+        elif readable_formats().get(ending) == "TIFF":
+            reason = "a TIFF with other pixels than integers of up to 16 bits; convert it"
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
     except Exception as error:                                   # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
@@ -684,7 +779,7 @@ class Store:
         sample = self.paths[::len(self.paths) // 100 + 1]
         n_bytes = 0
         for path in sample:
-            with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+            with contextlib.suppress(Exception), identify(path) as image:
                 n_bytes += 3 * image.width * image.height
         n_bytes *= len(self.paths) / len(sample)
         too_large = n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2)
@@ -714,19 +809,20 @@ class Store:
         return self.pixels[self.start[i]:self.start[i] + h * w].view(h, w, 3)
 
 
-def decode_ahead(paths, n_threads=4):
+def decode_ahead(paths):
     """Yield uint8 [h, w, 3] of each path, [0, 0, 3] if it is unreadable; shows a progress bar.
 
-    At most 2 n_threads images are in memory.
+    Threads decode a few images ahead, at most 8, to bound the memory.
     """
+    n_threads = min(4, os.cpu_count() or 1)
     waiting = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for path in tqdm(paths, desc="decoding once", disable=None):
             waiting.append(pool.submit(decode_or_none, path))
             if len(waiting) == 2 * n_threads:
                 yield waiting.popleft().result()
-        for image in waiting:
-            yield image.result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def decode_or_none(path):
@@ -1225,21 +1321,28 @@ def ema_(average, current, decay):
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
+def temporary_path(path):
+    """A hidden path beside `path`, whose name depends only on `path`."""
+    path = Path(os.path.realpath(path))                          # a link stays one
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{name}{path.suffix}")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path`: renamed to `path` on success, deleted on failure.
 
-    Its name depends only on `path`, so that the next run replaces what a killed one left behind.
+    The next run replaces what a killed one left behind. Raises InputError if `path` is a folder
+    or a device.
     """
-    path = Path(os.path.realpath(path))                          # a link stays one
-    if path.exists() and not path.is_file():
-        yield path                                               # /dev/stdout
-        return
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}{path.suffix}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a file; choose another name")
+    temporary = temporary_path(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())                              # or a power cut leaves it empty
+        os.replace(temporary, os.path.realpath(path))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1254,10 +1357,9 @@ def write_json(path, document):
 def save_checkpoint(path, generator, **more):
     """Write the weights and arguments of `generator` and the items of `more`, atomically."""
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, file)
-            file.flush()
-            os.fsync(file.fileno())                              # before the rename
+        with replacing(path) as temporary:
+            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more},
+                       temporary)
     except (RuntimeError, OSError) as error:                     # a full disk can raise either
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
@@ -1345,10 +1447,9 @@ def run(main):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                           # closed, for example by cron
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # odd file names
+    sys.stdout.reconfigure(errors="backslashreplace")            # odd file names
+    sys.stderr.reconfigure(errors="backslashreplace")
+    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 25                      # bytes; also for ICC profiles
     try:
         status = main()
     except (InputError, OSError) as error:
@@ -1366,8 +1467,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A new
-#    loss, network or norm is one function or class here, one row in its table, one setting.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1491,6 +1592,19 @@ class TruncatedSqueezeNet(ContentNetwork):
 CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 
 
+def total_variation(sr, hr):
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22, with weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    HR plays no part; it is there because all content losses are called alike.
+    """
+    down = sr.diff(dim=2).abs().sum()
+    right = sr.diff(dim=3).abs().sum()
+    return (down + right) / len(sr)
+
+
 def grid_loss(sr, hr, scale=4, window=8):
     """Penalise a grid of the period of an LR pixel. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
@@ -1529,11 +1643,6 @@ def fourier_amplitudes(x, window):
     return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
 
-def tv_loss(sr, hr):
-    """total_variation, called like the other losses; HR plays no part. -> scalar"""
-    return total_variation(sr)
-
-
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 
 
@@ -1542,7 +1651,7 @@ def content_losses(pixel_loss="mse", phi=None, scale=4):
     return {
         "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
         "content": functools.partial(content_loss, phi),         # Eq. 5
-        "tv": tv_loss,                                           # Sec. 3.4
+        "tv": total_variation,                                   # Sec. 3.4
         "grid": functools.partial(grid_loss, scale=scale),
         "fourier": fourier_loss,
     }
@@ -1758,19 +1867,27 @@ def demonstrate():
     torch.manual_seed(0)
     G = Generator()
     D = Discriminator()
-    phi = TruncatedVGG19("2_2", weights="random")                 # no download: its values are noise
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
     adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
     adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
-    for name, network in (("G", G), ("D", D)):
-        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
-    lr = torch.rand(4, 3, 24, 24)                                 # LR in [0, 1]
-    hr = torch.rand(4, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
-    print(f"LR {list(lr.shape)} -> SR {list(G(lr).shape)} -> logits {list(D(hr).shape)}")
-    steps = {"SRResNet": srresnet_step(G, adam_G, mse_loss, lr, hr),
-             "SRGAN": srgan_step(G, D, adam_G, adam_D, functools.partial(content_loss, phi), lr, hr)}
-    for name, losses in steps.items():
-        print(name, {key: round(loss.item(), 4) for key, loss in losses.items()})
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("one step of SRResNet: " + describe_losses(losses))
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("one step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
 
 
 if __name__ == "__main__":

@@ -110,8 +110,9 @@ def train(tools, state, batches, folder, settings, stage, device, world):
         # One update, with the learning rate and the random numbers that belong to it.
         factor = rate_factor(values, state.step, steps)
         state.set_rates(factor)
+        pairs = next(batches)                                    # the first call draws numbers, too
         torch.manual_seed(settings["seed"] + state.step)         # the same when resumed
-        losses = update(tools, next(batches))
+        losses = update(tools, pairs)
         state.record(losses, settings["ema"])
         state.seconds = time.monotonic() - began
         bar.update()
@@ -396,13 +397,15 @@ class State:
         self.current = srgan.float_state(networks["generator"])
 
         # An Adam for each network, with a learning rate of its own.
+        beta1, beta2 = values["betas"]
         self.base_rates = {"generator": values["lr"]}
         if "discriminator" in networks:
             self.base_rates["discriminator"] = values["discriminator_lr"] or values["lr"]
         self.adam = {}
         for name, network in networks.items():
             self.adam[name] = torch.optim.Adam(network.parameters(), self.base_rates[name],
-                                               tuple(values["betas"]), fused=device.type != "meta")
+                                               (float(beta1), float(beta2)),
+                                               fused=device.type != "meta")
 
         # What has happened so far.
         self.step = 0
@@ -465,6 +468,8 @@ class State:
 
 def restore_adam(adam, saved):
     """Restore Adam's moments. Raises ValueError where they do not fit, for fused Adam would not."""
+    if not saved:                                                # it has not taken a step yet
+        return
     for i, p in enumerate(adam.param_groups[0]["params"]):
         adam.state[p]["step"] = torch.tensor(float(saved[i]["step"]), device=p.device)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -589,6 +594,7 @@ class RunFolder:
     def __init__(self, path, args, settings, state, pairs, device, start):
         self.path = path
         self.settings = settings
+        self.scale = settings["scale"]
         self.state = state
         self.pairs = pairs
         self.metrics = srgan.usable_metrics(settings["lpips"], device)
@@ -609,17 +615,13 @@ class RunFolder:
         if start:
             state.baselines["start"] = self.validate(lambda lr, _: srgan.upscale(start, lr))
 
-    @property
-    def scale(self):
-        return self.settings["scale"]
-
-    def validate(self, upscale):
-        """Mean and standard deviation of the metrics of upscale(lr, stem), as evaluate.py measures.
+    def validate(self, model):
+        """Mean and standard deviation of the metrics of model(lr, stem), as evaluate.py measures.
 
         An image that cannot be measured is left out from now on, with a message. Raises InputError
         if no image is left.
         """
-        results = srgan.measure_all(self.pairs, {"SR": upscale}, self.scale,
+        results = srgan.measure_all(self.pairs, {"SR": model}, self.scale,
                                     self.settings["kernel"], names=self.metrics, shave=self.scale)
         self.pairs = [pair for pair in self.pairs if pair[0] in results]
         if not results:
@@ -637,14 +639,14 @@ class RunFolder:
             for name in self.metrics:
                 row[name] = scores[name]["mean"]
                 row[f"{name}_std"] = scores[name]["std"]
-                self.keep_best(name, scores[name], epoch)
+                self.save_if_best(name, scores[name], epoch)
         self.log(row)
         every = self.settings["checkpoint_every"]
         if every and epoch % every == 0:
             self.save(f"epoch_{epoch:04d}")
         self.save()
 
-    def keep_best(self, name, score, epoch):
+    def save_if_best(self, name, score, epoch):
         """Save checkpoint_best_<name>.pth if this metric is better than in all earlier epochs."""
         best = self.state.best
         if name in best:
@@ -721,12 +723,8 @@ def read_rows(path, step):
 
 def write_rows(path, rows):
     """Write metrics.csv: a row for each epoch, a column for each loss and metric."""
-    columns = ["epoch", "update", "lr", *LOSSES]
-    for name in srgan.METRICS:
-        columns.append(name)
-        columns.append(f"{name}_std")
-    columns.append("updates_per_s")
-    columns.append("memory_mb")
+    scores = [name + end for name in srgan.METRICS for end in ("", "_std")]
+    columns = ["epoch", "update", "lr", *LOSSES, *scores, "updates_per_s", "memory_mb"]
     with srgan.replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -797,6 +795,8 @@ def resolve_settings(args, saved=None):
         raise InputError(f"patch_size must be a multiple of scale, {settings['scale']}")
     if len(settings["split"]) != 3 or sum(settings["split"]) != 100:
         raise InputError("split must be three percentages, in total 100")
+    if len(settings[f"{args.stage}.betas"]) != 2:
+        raise InputError(f"{args.stage}.betas must be two numbers")
     weights = [settings[f"{args.stage}.{name}_weight"] for name in srgan.CONTENT_LOSSES
                if name != "tv"]
     if not any(weights):

@@ -1,3 +1,4 @@
+import contextlib
 import ctypes
 import importlib
 import random
@@ -14,7 +15,7 @@ import srgan
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--set", "channels=8", "--set", "n_blocks=1", "--set", "patch_size=32",
-        "--batch-size", "4", "--set", "lpips=false", "--set", "content_network=vgg19:2_2",
+        "--set", "batch_size=4", "--set", "lpips=false", "--set", "content_network=vgg19:2_2",
         "--set", "content_weights=random")
 SMALL = (*TINY, "--set", "content_network=vgg19:1_1", "--set", "discriminator.channels=[8,8,16,16]",
          "--device", "cpu", "--precision", "fp32")
@@ -23,6 +24,10 @@ SMALL = (*TINY, "--set", "content_network=vgg19:1_1", "--set", "discriminator.ch
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
     parser.addoption("--threads", type=int, default=1, help="of torch (1: tensors are small)")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.option.threads)
 
 
 def pytest_report_header(config):
@@ -85,10 +90,9 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def reproducible(monkeypatch, tmp_path, pytestconfig):
-    """A fixed seed and number of threads, and a torch cache of the test's own."""
+def reproducible(monkeypatch, tmp_path):
+    """A fixed seed, and a torch cache of the test's own."""
     torch.manual_seed(0)
-    torch.set_num_threads(pytestconfig.option.threads)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     srgan.load_lpips.cache_clear()
 
@@ -124,14 +128,28 @@ def release_locks():
             locks.pop().release()
 
 
+@contextlib.contextmanager
+def kept_signals():
+    """Undo what a script changes: what signals do."""
+    handlers = {}
+    for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
+        handlers[number] = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
     """script("train", "--data", ...) runs a script in tmp_path: (exit status, stdout, stderr).
 
     If it did nothing but fail, its message must be one line: the last, which begins with its name.
+    Curves are not drawn, which would take longer than the training: see test_train.py.
     """
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, *srgan.STOP_SIGNALS)}
+    monkeypatch.setattr("train.draw_curves", lambda rows, path: path.touch())
 
     def call(name, *args):
         module = importlib.import_module(name)
@@ -145,9 +163,8 @@ def script(monkeypatch, capsys, tmp_path):
         out, err = capsys.readouterr()
         assert status != 2 or out or err.splitlines()[-1].startswith(f"{name}.py: "), err
         return status, out, err
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with kept_signals():
+        yield call
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_content_loss_compares_feature_maps_and_needs_no_gradient_of_hrs(game):
 
 
 def test_total_variation_sums_the_steps_between_neighbours_and_averages_over_the_batch():
-    """total_variation, Sec. 3.4, and tv_loss."""
+    """total_variation, Sec. 3.4; HR plays no part."""
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     total = 0
     for image in x.tolist():
@@ -96,8 +96,7 @@ def test_total_variation_sums_the_steps_between_neighbours_and_averages_over_the
                         total += abs(colour[i][j] - colour[i - 1][j])
                     if j > 0:
                         total += abs(colour[i][j] - colour[i][j - 1])
-    assert srgan.total_variation(x).item() == pytest.approx(total / 2, rel=1e-9)
-    assert srgan.tv_loss(x, None).item() == srgan.total_variation(x).item()
+    assert srgan.total_variation(x, None).item() == pytest.approx(total / 2, rel=1e-9)
 
 
 def test_a_discriminator_that_is_always_right_still_gives_a_gradient():
@@ -132,13 +131,13 @@ def test_several_content_losses_are_added_with_their_weights_and_keep_their_part
     loss = content(sr, game.hr)
     pixel = (game.hr - sr).abs().mean()
     features = (game.hr.square() - sr.square()).square().mean()
-    variation = srgan.total_variation(sr)
+    variation = srgan.total_variation(sr, game.hr)
     check_losses(content.parts, {"pixel": pixel, "content": features, "tv": variation})
     check_losses({"sum": loss}, {"sum": 0.5 * pixel + 3 * features + 2e-3 * variation})
 
 
 @pytest.mark.parametrize("name, function", [
-    ("grid", srgan.grid_loss), ("fourier", srgan.fourier_loss), ("tv", srgan.tv_loss)])
+    ("grid", srgan.grid_loss), ("fourier", srgan.fourier_loss), ("tv", srgan.total_variation)])
 def test_content_losses_are_found_under_the_names_of_their_weights(game, name, function):
     """content_losses and CONTENT_LOSSES."""
     sr = draw(game)[1]
