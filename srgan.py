@@ -565,7 +565,7 @@ def gaussian(n, sigma):
 KERNELS = {"bicubic": bicubic_taps, "gaussian": gaussian_taps}   # name: weights for a scale
 
 
-def reach(kernel, scale):
+def kernel_reach(kernel, scale):
     """How far an LR pixel sees beyond its own HR pixels: in HR pixels, on each side."""
     return (len(KERNELS[kernel](scale)) - scale) // 2
 
@@ -582,7 +582,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
     taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
-    border = [reach(kernel, scale)] * 4
+    border = [kernel_reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
     for dim in (2, 3):                                           # exact at every scale
@@ -848,7 +848,7 @@ class Patches(torch.utils.data.Dataset):
         self.scale = scale
         self.kernel = kernel
         self.crop_margin = crop_margin
-        self.margin = math.ceil(reach(kernel, scale) / scale)    # in LR pixels, see `reach`
+        self.margin = math.ceil(kernel_reach(kernel, scale) / scale)  # in LR pixels
         self.window = patch_size + 2 * self.margin * scale       # in HR pixels
         self.usable = np.arange(len(hr.paths))
         if hr.pixels is not None:                                # otherwise it shows when decoded
@@ -1215,12 +1215,12 @@ Area = namedtuple("Area", "rows columns seen_rows seen_columns")
 
 def radii(generator):
     """How far an SR pixel sees, in LR pixels: (through all of G, through what follows the skip)."""
-    before = reach(generator.head, generator.blocks, generator.fuse)
-    enlarging = reach(generator.upsample, generator.tail)
+    before = radius(generator.head, generator.blocks, generator.fuse)
+    enlarging = radius(generator.upsample, generator.tail)
     return before + enlarging, enlarging
 
 
-def reach(*networks):
+def radius(*networks):
     """How far a pixel behind these networks sees, in pixels of their input, rounded up."""
     pixels = 0
     size = 1                                                     # of a pixel, halved by a shuffle
