@@ -288,7 +288,7 @@ def test_the_result_is_the_moving_average_with_its_decay(run, updates, start, sr
     for key in result:
         if "num_batches" not in key:
             scale = average[key].abs().max()
-            assert (result[key] - average[key]).abs().max() <= 1e-6 * scale   # float32
+            assert (result[key] - average[key]).abs().max() <= 1e-5 * scale   # float32
 
 
 def test_each_update_has_random_numbers_of_its_own_also_when_resumed(run, monkeypatch):
@@ -804,8 +804,9 @@ def test_two_processes_learn_as_one_from_the_mean_of_their_gradients_and_one_can
         for i, state in found[adam].items():
             a = of_each_rank[0][adam][i]["exp_avg"]
             b = of_each_rank[1][adam][i]["exp_avg"]
-            assert torch.allclose(state["exp_avg"], (a + b) / 2, rtol=1e-3, atol=1e-7)
-            assert not torch.allclose(a, b, rtol=1e-3, atol=1e-7)
+            largest = max(a.abs().max(), b.abs().max())
+            assert (state["exp_avg"] - (a + b) / 2).abs().max() <= 1e-4 * largest
+            assert (a - b).abs().max() >= 1e-2 * largest
     run("gan", "--resume", epochs=2, steps=1)
     assert latest(gan)["step"] == 2
 
