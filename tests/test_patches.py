@@ -379,7 +379,8 @@ def test_a_store_that_does_not_fit_on_the_disk_leaves_nothing_behind(photos, tmp
 
 
 def test_at_most_eight_images_are_decoded_ahead_by_four_threads(monkeypatch):
-    """decode_ahead: when image i arrives, those after i + 7 have not been opened."""
+    """decode_ahead, on 16 cores: when image i arrives, those after i + 7 have not been opened."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     started = []
     threads = set()
 
