@@ -565,7 +565,7 @@ def gaussian(n, sigma):
 KERNELS = {"bicubic": bicubic_taps, "gaussian": gaussian_taps}   # name: weights for a scale
 
 
-def reach(kernel, scale):
+def kernel_reach(kernel, scale):
     """How far an LR pixel sees beyond its own HR pixels: in HR pixels, on each side."""
     return (len(KERNELS[kernel](scale)) - scale) // 2
 
@@ -582,7 +582,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
     taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
-    border = [reach(kernel, scale)] * 4
+    border = [kernel_reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
     for dim in (2, 3):                                           # exact at every scale
@@ -848,7 +848,7 @@ class Patches(torch.utils.data.Dataset):
         self.scale = scale
         self.kernel = kernel
         self.crop_margin = crop_margin
-        self.margin = math.ceil(reach(kernel, scale) / scale)    # in LR pixels, see `reach`
+        self.margin = math.ceil(kernel_reach(kernel, scale) / scale)  # in LR pixels
         self.window = patch_size + 2 * self.margin * scale       # in HR pixels
         self.usable = np.arange(len(hr.paths))
         if hr.pixels is not None:                                # otherwise it shows when decoded
@@ -1209,41 +1209,83 @@ TILE = 1448                              # LR pixels per side: 2 megapixels take
 PART = 128                               # LR pixels per side that are enlarged together
 
 
+# The slices of a tile, and what it sees: itself and the overlap.
+Area = namedtuple("Area", "rows columns seen_rows seen_columns")
+
+
 def radii(generator):
     """How far an SR pixel sees, in LR pixels: (through all of G, through what follows the skip)."""
-    def reach(network):                                          # a k x k kernel adds k // 2
-        return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
-    scale = generator.arch["scale"]
-    enlarging = sum(reach(layer) / 2 ** (i // 3) for i, layer in enumerate(generator.upsample))
-    enlarging = math.ceil(enlarging + reach(generator.tail) / scale)
-    before = sum(map(reach, (generator.head, generator.blocks, generator.fuse)))
+    before = radius(generator.head, generator.blocks, generator.fuse)
+    enlarging = radius(generator.upsample, generator.tail)
     return before + enlarging, enlarging
 
 
+def radius(*networks):
+    """How far a pixel behind these networks sees, in pixels of their input, rounded up."""
+    pixels = 0
+    size = 1                                                     # of a pixel, halved by a shuffle
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                pixels += module.kernel_size[0] // 2 * size      # a k x k kernel sees k // 2
+            elif isinstance(module, nn.PixelShuffle):
+                size /= module.upscale_factor
+    return math.ceil(pixels)
+
+
 def spans(length, side, overlap):
-    """Even parts of a length, each at most `side`: [(start, end, both with the overlap)]."""
-    ends = np.linspace(0, length, math.ceil(length / side) + 1).astype(int).tolist()
-    return [(a, b, max(a - overlap, 0), min(b + overlap, length)) for a, b in zip(ends, ends[1:])]
+    """Cut a length into even parts of at most `side`: [(part, part with the overlap)], slices."""
+    count = math.ceil(length / side)
+    ends = [length * i // count for i in range(count + 1)]
+    parts = []
+    for start, end in zip(ends, ends[1:]):
+        seen = slice(max(start - overlap, 0), min(end + overlap, length))
+        parts.append((slice(start, end), seen))
+    return parts
 
 
-def fill_in_tiles(result, function, x, side, overlap):
-    """result = function(x), tile by tile: [..., h, w] -> [..., scale h, scale w]."""
-    s = result.shape[-1] // x.shape[-1]
-    for top, bottom, t, b in spans(x.shape[-2], side, overlap):
-        for left, right, l, r in spans(x.shape[-1], side, overlap):
-            tile = function(x[..., t:b, l:r])
-            result[..., top * s:bottom * s, left * s:right * s] = \
-                tile[..., (top - t) * s:(bottom - t) * s, (left - l) * s:(right - l) * s]
-    return result
+def cut(height, width, side, overlap):
+    """Cut an area into even tiles of at most side x side: a list of `Area`."""
+    areas = []
+    for rows, seen_rows in spans(height, side, overlap):
+        for columns, seen_columns in spans(width, side, overlap):
+            areas.append(Area(rows, columns, seen_rows, seen_columns))
+    return areas
 
 
-def self_ensemble(function, lr):
-    """The mean of function(lr) over the eight flips and rotations of LR, each undone in SR."""
+def paste(result, sr, area):
+    """Copy SR of a tile, without its overlap, to its place in the result: [..., H, W] both."""
+    scale = sr.shape[-1] // (area.seen_columns.stop - area.seen_columns.start)
+    top = (area.rows.start - area.seen_rows.start) * scale
+    left = (area.columns.start - area.seen_columns.start) * scale
+    place = result[..., area.rows.start * scale:area.rows.stop * scale,
+                   area.columns.start * scale:area.columns.stop * scale]
+    height, width = place.shape[-2:]
+    place.copy_(sr[..., top:top + height, left:left + width])
+
+
+def super_resolve(generator, lr, bar):
+    """G, whose last layers see one part of LR after the other: [1, 3, h, w] -> [1, 3, H, W]."""
+    height, width = lr.shape[2:]
+    scale = generator.arch["scale"]
+    sr = lr.new_empty(1, 3, scale * height, scale * width)
+    maps = features(generator, lr)                               # [1, 64, h, w]
+    overlap = radii(generator)[1]
+    for part in cut(height, width, PART, overlap):
+        seen = maps[..., part.seen_rows, part.seen_columns]
+        paste(sr, enlarge(generator, seen), part)
+        bar.update()
+    return sr
+
+
+def self_ensemble(generator, lr, bar):
+    """The mean of SR over the eight flips and rotations of LR, each undone in SR."""
     total = 0
     for turns in range(4):
         for flipped in (False, True):
-            x = torch.rot90(lr.flip(3) if flipped else lr, turns, (2, 3))
-            sr = torch.rot90(function(x), -turns, (2, 3))
+            view = lr.flip(3) if flipped else lr
+            sr = super_resolve(generator, torch.rot90(view, turns, (2, 3)), bar)
+            sr = torch.rot90(sr, -turns, (2, 3))
             total = total + (sr.flip(3) if flipped else sr)
     return total / 8
 
@@ -1260,38 +1302,63 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
-    (h, w, _), scale, (radius, part_radius) = image.shape, generator.arch["scale"], radii(generator)
-    device, bf16 = next(generator.parameters()).device, precision == "bf16"
-    tile = TILE * 4 // max(4, scale) if tile is None else tile or max(h, w)
-    rows, columns = (sum(len(spans(end - start, PART, 0))        # of parts, in all tiles
-                         for *_, start, end in spans(side, tile, radius)) for side in (h, w))
 
-    def enlarge_part(x):
-        bar.update()
-        return enlarge(generator, x)
+    # Cut the image into tiles that overlap as far as the network sees.
+    height, width, _ = image.shape
+    scale = generator.arch["scale"]
+    if tile is None:
+        side = TILE * 4 // max(4, scale)
+    else:
+        side = tile or max(height, width)
+    areas = cut(height, width, side, radii(generator)[0])
 
-    def super_resolve(lr):                                       # [1, 3, h, w] of one tile
-        sr = lr.new_empty(1, 3, scale * lr.shape[2], scale * lr.shape[3])
-        return fill_in_tiles(sr, enlarge_part, features(generator, lr), PART, part_radius)
+    # The progress bar counts the parts of all tiles, eight times for an ensemble.
+    parts = 0
+    for area in areas:
+        seen = image[area.seen_rows, area.seen_columns]
+        parts += len(cut(len(seen), len(seen[0]), PART, 0))
+    method = super_resolve
+    if ensemble:
+        method = self_ensemble
+        parts *= 8
 
-    def compute(pixels):                                         # uint8 [3, h, w] of one tile
-        lr = (pixels[None].to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), \
-                torch.backends.cudnn.flags(enabled=True, allow_tf32=bf16):
-            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
-        return to_pixels(sr)[0].movedim(-1, 0)
-
-    lr = torch.from_numpy(image.copy()).movedim(-1, 0)           # [3, h, w]
-    result = torch.empty(h * scale, w * scale, 3, dtype=torch.uint8)
-    with tqdm(total=rows * columns * (8 if ensemble else 1), unit="part", leave=False,
-              disable=not progress) as bar:
-        try:
-            fill_in_tiles(result.movedim(-1, 0), compute, lr, tile, radius)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError("out of memory; use smaller tiles") from None
+    # Super-resolve one tile after the other.
+    device = next(generator.parameters()).device
+    try:
+        result = torch.empty(height * scale, width * scale, 3, dtype=torch.uint8)
+        with tqdm(total=parts, unit="part", leave=False, disable=not progress) as bar, \
+                arithmetic(device, precision):
+            for area in areas:
+                seen = image[area.seen_rows, area.seen_columns].copy()       # [h, w, 3]
+                lr = to_tensor(torch.from_numpy(seen).to(device))[None]
+                lr = lr.contiguous(memory_format=torch.channels_last)
+                pixels = to_pixels(method(generator, lr, bar))[0]            # [H, W, 3]
+                paste(result.movedim(-1, 0), pixels.movedim(-1, 0), area)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError("out of memory; use smaller tiles") from None
     return result.numpy()
+
+
+@contextlib.contextmanager
+def arithmetic(device, precision):
+    """Compute in bf16, or in fp32 without TF32. The program's own settings come back afterwards."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    elif device.type != "cuda":
+        yield
+    elif hasattr(torch.backends.cudnn, "conv"):                  # since torch 2.9
+        before = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = before
+    else:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
 
 
 def is_out_of_memory(error):
@@ -1742,11 +1809,10 @@ class Fast(nn.Module):
 
     def __init__(self, network, precision="fp32"):
         super().__init__()
-        self.network, self.precision = network, precision
+        self.network = network
+        self.precision = precision
         for module in network.modules():
-            if type(module) is nn.PReLU:
-                module.__class__ = FastPReLU
-            elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+            if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
                 module.inplace = True
         if isinstance(network, ContentNetwork) and precision == "bf16":
             network.features.bfloat16()                          # once, not at each call
@@ -1769,68 +1835,154 @@ def enlarge(generator, x):
 
     PReLU treats each value by itself, so the last shuffle can move behind it, and behind the tail.
     """
-    *layers, _, activation = generator.upsample
-    for layer in layers:
-        x = layer(x)                                             # [N, 256, 2h, 2w]
-    return generator.output(conv_of_shuffled(activation(x), generator.tail).float())
+    if isinstance(generator.tail, nn.Conv2d):                    # as drawn in Fig. 4
+        *layers, shuffle, activation = generator.upsample
+        for layer in layers:
+            x = layer(x)                                         # [N, 256, 2h, 2w]
+        weight, bias, padding = rearranged(generator.tail)
+        x = shuffle(F.conv2d(activation(x), weight, bias, padding=padding))
+    else:                                                        # by optimize_for_inference
+        x = generator.tail(generator.upsample(x))
+    return generator.output(x.float())
 
 
-def conv_of_shuffled(x, conv, r=2):
-    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, rh, rw].
+def rearranged(conv, r=2):
+    """(weight, bias, padding) of the convolution that computes conv(F.pixel_shuffle(x, r)) before
+    the shuffle: [N, c r^2, h, w] -> [N, n r^2, h, w].
 
     An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
     pixels around it. So k x k weights for c maps, shifted by the position and unshuffled, become
     weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12 maps, after which
     3 large maps are shuffled instead of 64.
     """
-    k, p = conv.kernel_size[0], conv.padding[0]
+    k = conv.kernel_size[0]
+    p = conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
     side = r * (2 * reach + 1)                                   # 9x9 weights shift in 10x10
     shifts = range(r * reach - p, r * reach - p + r)
-    shifted = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
-               for top in shifts for left in shifts]             # [3, 64, 10, 10] each
+    shifted = []
+    for top in shifts:
+        for left in shifts:
+            margins = (left, side - k - left, top, side - k - top)
+            shifted.append(F.pad(conv.weight, margins))          # [3, 64, 10, 10]
     weight = F.pixel_unshuffle(torch.stack(shifted, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = conv.bias.repeat_interleave(r * r)
-    return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
-
-
-class FastPReLU(nn.PReLU):
-    """PReLU with one slope; on the CPU its gradient takes half as long as torch's."""
-
-    def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return PReLUFunction.apply(x, self.weight)
-        return super().forward(x)
-
-
-class PReLUFunction(torch.autograd.Function):
-    """max(0, x) + a min(0, x), and its gradients with respect to x and a."""
-
-    @staticmethod
-    def forward(ctx, x, a):
-        ctx.save_for_backward(x, a)
-        return F.leaky_relu(x, a.item())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, a = ctx.saved_tensors
-        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)
-        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
+    return weight, conv.bias.repeat_interleave(r * r), reach
 
 
 def optimize_for_inference(generator):
-    """A copy that computes the same, with BN folded into the convolutions, PReLU as LeakyReLU."""
+    """A frozen copy that computes the same, faster.
+
+    BN is folded into the convolutions, PReLU and sums are computed with them, and the tail is
+    rearranged. The copy's forward() is fast, too, and so is what is exported from it.
+    """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    for layers in (generator.head, generator.fuse, generator.upsample,
-                   *[block.body for block in generator.blocks]):
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[i - 1] = nn.utils.fuse_conv_bn_eval(layers[i - 1], layer)
-                layers[i] = nn.Identity()
-            elif isinstance(layer, nn.PReLU):
-                layers[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+    generator.head = fuse(generator.head)
+    generator.fuse = fuse(generator.fuse)
+    for i, block in enumerate(generator.blocks):
+        if isinstance(block, ResidualBlock):
+            generator.blocks[i] = FusedResidualBlock(block)
+
+    # The last shuffle moves behind the tail.
+    layers = fuse(generator.upsample)
+    weight, bias, padding = rearranged(generator.tail)
+    tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
+    tail.weight = nn.Parameter(weight, requires_grad=False)
+    tail.bias = nn.Parameter(bias, requires_grad=False)
+    generator.upsample = layers[:-1]
+    generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
     return generator
+
+
+def fuse(layers):
+    """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
+    fused = nn.Sequential()
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            conv = FusedConv(layer)
+            fused.append(conv)
+        elif isinstance(layer, nn.BatchNorm2d):
+            conv.conv = nn.utils.fuse_conv_bn_eval(conv.conv, layer)
+        elif isinstance(layer, nn.PReLU):
+            conv.slope = layer.weight.item()                     # before a shuffle is as good
+        else:
+            fused.append(layer)
+    return fused
+
+
+class FusedResidualBlock(nn.Module):
+    """ResidualBlock as two fused convolutions."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.second = fuse(block.body)
+
+    def forward(self, x):
+        return self.second(self.first(x), plus=x)
+
+
+class FusedConv(nn.Module):
+    """A frozen convolution and what follows it: a LeakyReLU of this slope, or a sum.
+
+    On a CPU, oneDNN computes both in one pass, from weights that are packed once. torch has this
+    for torch.compile only, in private operators. Where they are missing or refuse, torch computes
+    one after the other, with the same result.
+    """
+
+    def __init__(self, conv, slope=None):
+        super().__init__()
+        self.conv = conv
+        self.slope = slope
+        self.packed = {}                                         # {dtype: (weight, bias)}
+
+    def forward(self, x, plus=None):
+        """LeakyReLU(conv(x)), or conv(x) + plus."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        if self.may_fuse(x, dtype):
+            try:
+                return self.fused(x, plus, dtype)
+            except (AttributeError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                self.packed[dtype] = None                        # never again
+        x = self.conv(x)
+        if self.slope is not None:
+            x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
+        if plus is not None:
+            x = plus + x
+        return x
+
+    def may_fuse(self, x, dtype):
+        """Whether the private operators may serve: they have no gradients and no exported form.
+
+        torch computes small inputs without oneDNN; so does this, for the same rounding.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" and x.numel() > 20480 and self.packed.get(dtype, True)
+
+    def fused(self, x, plus, dtype):
+        conv = self.conv
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        if dtype not in self.packed:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(dtype), *geometry)
+            bias = None if conv.bias is None else conv.bias.to(dtype)
+            self.packed[dtype] = (weight, bias)
+        layer = (*self.packed[dtype], *geometry)
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        if plus is not None:
+            return convolution.binary(x.to(dtype), plus.to(dtype), *layer, "add", 1.0, None, [], None)
+        if self.slope is not None:
+            return convolution(x.to(dtype), *layer, "leaky_relu", [self.slope], "")
+        return convolution(x.to(dtype), *layer, "none", [], "")
+
+    def __getstate__(self):
+        """For copies and pickles: packed weights can be neither copied nor saved."""
+        return {**self.__dict__, "packed": {}}
 
 
 def pick_device(name="auto"):

@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line(tmp_path, generator, monkeypatch):
     (KeyboardInterrupt(), 130, "")])
 def test_what_a_user_can_cause_ends_a_script_with_a_line_and_a_status(
         monkeypatch, capsys, error, status, words):
-    """srgan.run."""
+    """srgan.run, is_out_of_memory."""
     def main():
         raise error
     monkeypatch.setattr(signal, "signal", lambda *args: None)    # leave pytest's handlers

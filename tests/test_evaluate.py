@@ -214,6 +214,13 @@ def test_lr_is_made_from_hr_by_the_kernel(measured, kernel):
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
 
+def test_lr_images_of_another_kernel_are_not_taken(measured):
+    """main, with --kernel: `set` holds bicubic LR images."""
+    document = measured("--data", "set", "--kernel", "gaussian")
+    assert document["protocol"]["lr"] == "gaussian x1/4 of HR"
+    assert bicubic(document) == bicubic(measured("--data", "set/HR", "--kernel", "gaussian"))
+
+
 @pytest.mark.parametrize("options, kernel", [
     (["--ckpt", "gaussian.pth", "bicubic.pth"], "gaussian"),
     (["--ckpt", "bicubic.pth", "gaussian.pth"], "bicubic"),
@@ -289,14 +296,17 @@ def test_images_of_another_program_are_found_by_name_and_ending(measured, name):
         assert scores["psnr"] == srgan.psnr(hr // 2, hr)
 
 
-def test_one_name_that_begins_another_does_not_confuse_them():
-    """find_sr: img1 and img10."""
-    for name in ("img1_x", "img10_x", "img2_x"):
+@pytest.mark.parametrize("there, ending", [
+    (["img1_x", "img10_x", "img2_x"], "_x"),
+    (["img10"], ""),                                             # not img1 with the ending 0
+    (["img1_x", "img10_x", "img1a"], "_x")])                     # a stray one
+def test_sr_images_have_the_ending_that_most_of_them_have(there, ending):
+    """find_sr: img1 and img10, one of which begins the other."""
+    for name in there:
         write(f"theirs/{name}.png", photo(8, 8))
-    pairs = [(stem, None, None) for stem in ("img1", "img10", "img2")]
-    found = evaluate.find_sr("theirs", pairs)
-    assert {stem: path.name for stem, path in found.items()} == {
-        "img1": "img1_x.png", "img10": "img10_x.png", "img2": "img2_x.png"}
+    found = evaluate.find_sr("theirs", [("img1", None, None), ("img10", None, None)])
+    assert found == {"img1": Path(f"theirs/img1{ending}.png"),
+                     "img10": Path(f"theirs/img10{ending}.png")}
 
 
 def test_hr_in_the_name_of_an_original_is_no_part_of_its_name():
@@ -449,11 +459,13 @@ def test_no_output_is_written_into_an_input(run, options):
     assert before == {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
 
 
-def test_a_folder_as_the_json_file_is_refused_before_anything_is_measured(run):
+@pytest.mark.parametrize("output", ["folder", "/dev/null"])
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_an_output_that_is_no_file_is_refused_before_anything_is_measured(run, option, output):
     """check_outputs."""
     Path("folder").mkdir()
-    status, out, err = run("--data", "set", "--json", "folder")
-    assert status == 2 and out == "" and "folder is a folder; name a file" in err
+    status, out, err = run("--data", "set", option, output)
+    assert status == 2 and out == "" and f"{output} is not a file; choose another name" in err
 
 
 # What a user can cause

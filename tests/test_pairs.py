@@ -88,6 +88,18 @@ def test_equal_names_are_paired_by_their_subfolders():
         ("001/00000001", Path("HR/001/00000001.png"), Path("LR/001/00000001x4.png"))]
 
 
+def test_links_to_folders_are_subfolders_like_others():
+    """find_pairs: two videos, one of which is a link in HR and in LR, and hidden thumbnails."""
+    for kind in ("HR", "LR"):
+        save(f"{kind}/000/1.png")
+        save(f"elsewhere/{kind}/1.png")
+        save(f"{kind}/.thumbnails/1.png")
+        Path(kind, "001").symlink_to(Path("elsewhere", kind).absolute())
+    pairs = srgan.find_pairs("HR", "LR")
+    assert pairs == [("000/1", Path("HR/000/1.png"), Path("LR/000/1.png")),
+                     ("001/1", Path("HR/001/1.png"), Path("LR/001/1.png"))]
+
+
 def test_equal_names_of_which_one_has_no_lr_are_not_paired_across_subfolders():
     """find_pairs."""
     for video in ("000", "001"):

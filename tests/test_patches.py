@@ -55,8 +55,8 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("scale", srgan.SCALES)
 @pytest.mark.parametrize("kernel", [*srgan.KERNELS, "wide"])
 def test_an_lr_pixel_sees_no_further_than_its_kernels_reach(wide, kernel, scale):
-    """reach, of each row of KERNELS: pixels beyond it may have any value."""
-    reach = srgan.reach(kernel, scale)
+    """kernel_reach and downsample, of each row of KERNELS: pixels beyond it may have any value."""
+    reach = srgan.kernel_reach(kernel, scale)
     hr = torch.randint(256, (1, 3, 13 * scale, 13 * scale)) / 255
     other = torch.randint(256, hr.shape) / 255
     start = 6 * scale - reach
@@ -71,9 +71,20 @@ def test_an_lr_pixel_sees_no_further_than_its_kernels_reach(wide, kernel, scale)
 def test_a_kernels_weights_lie_evenly_around_an_lr_pixel_and_add_up_to_1(wide, kernel, scale):
     """KERNELS: bicubic_taps, gaussian_taps."""
     taps = srgan.KERNELS[kernel](scale).double()
-    assert len(taps) == scale + 2 * srgan.reach(kernel, scale)
+    assert len(taps) == scale + 2 * srgan.kernel_reach(kernel, scale)
     assert torch.equal(taps, taps.flip(0))
     assert taps.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_weighted_sums_are_a_convolution_with_a_stride():
+    """weighted_sums, along the rows and along the columns."""
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    taps = torch.randn(3, dtype=torch.float64)
+    kernel = taps.view(1, 1, 3, 1).expand(3, 1, 3, 1)
+    expected = torch.nn.functional.conv2d(x, kernel, stride=(2, 1), groups=3)
+    found = srgan.weighted_sums(x, taps, 2, 2)
+    assert (found - expected).abs().max() <= 1e-9
+    assert torch.equal(srgan.weighted_sums(x.transpose(2, 3), taps, 3, 2), found.transpose(2, 3))
 
 
 # Patches
@@ -208,8 +219,9 @@ def test_a_batch_depends_only_on_seed_rank_and_update(photos, tmp_path):
     patches = make(photos, tmp_path)
     whole = draw(patches, 4, 0, 8, augment="all")
     assert same(draw(patches, 4, 5, 8, augment="all"), whole[5:])
-    others = [whole[6], *draw(patches, 4, 7, 8, "all", seed=1), *draw(patches, 4, 7, 8, "all", 0, 1)]
-    for _, hr in others:
+    another_seed = draw(patches, 4, 7, 8, augment="all", seed=1)
+    another_rank = draw(patches, 4, 7, 8, augment="all", rank=1)
+    for _, hr in (whole[6], *another_seed, *another_rank):
         assert not torch.equal(hr, whole[7][1])
 
 
@@ -374,12 +386,13 @@ def test_at_most_eight_images_are_decoded_ahead_by_four_threads(monkeypatch):
     def open_rgb(path):
         started.append(path)
         threads.add(threading.current_thread())
-        time.sleep(0.002)
+        time.sleep(0.001)
         return np.full((1, 1, 3), path, np.uint8)
     monkeypatch.setattr(srgan, "open_rgb", open_rgb)
     for i, image in enumerate(srgan.decode_ahead(range(40))):
         assert image[0, 0, 0] == i
-        time.sleep(0.004)                                        # time to open more
+        if i < 5:
+            time.sleep(0.1)                                      # time to open more
         assert len(started) <= i + 8
     assert len(started) == 40
     assert len(threads) <= 4

@@ -222,7 +222,7 @@ def test_srgan_step_is_ds_step_and_then_gs_against_the_new_d(game):
     ("bce", bce_d, bce_g), ("wasserstein", wasserstein_d, wasserstein_g),
     ("relativistic", relativistic_d, relativistic_g)])
 def test_update_plays_the_game_that_the_settings_name(game, name, d_loss, g_loss):
-    """train.update with each of ADVERSARIAL_LOSSES: wasserstein_g_loss and wasserstein_d_loss,
+    """train.update with each Game of ADVERSARIAL_LOSSES: wasserstein_g_loss and wasserstein_d_loss,
     relativistic_g_loss and relativistic_d_loss."""
     other = twin(game)
     tools = make_tools(game, game=srgan.ADVERSARIAL_LOSSES[name])
@@ -300,19 +300,21 @@ def test_input_gradient_is_that_of_each_images_own_score():
 
 
 def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once(game):
-    """train.update with three pairs and a penalty."""
+    """train.update with three pairs, a penalty and the losses of a critic."""
     other = twin(game)
     pairs = [draw(game), draw(game), draw(game)]
 
     def penalty(sr, hr):
         return 0.1 * srgan.r1_penalty(game.D, sr, hr)
-    train.update(make_tools(game, penalty=penalty), pairs)
+    tools = make_tools(game, penalty=penalty, game=srgan.ADVERSARIAL_LOSSES["wasserstein"])
+    train.update(tools, pairs)
     for number, (lr, hr) in enumerate(pairs, 1):
         sr = other.G(lr)
-        loss = bce_d(other.D(hr), other.D(sr.detach())) + 0.1 * plain_r1_penalty(other.D, sr, hr)
-        step(other.adam_D, loss)
+        loss = wasserstein_d(other.D(hr), other.D(sr.detach()))
+        step(other.adam_D, loss + 0.1 * plain_r1_penalty(other.D, sr, hr))
         if number == 3:
-            step(other.adam_G, (hr - sr).square().mean() + 0.25 * bce_g(other.D(sr), None))
+            loss = (hr - sr).square().mean() + 0.25 * wasserstein_g(other.D(sr), None)
+            step(other.adam_G, loss)
     check_networks(game, other)
 
 
@@ -367,3 +369,14 @@ def test_d_sees_the_shifted_images_too(game):
     assert moves_of(pairs[0][1], early_real, most=2) == [move]
     assert torch.equal(again, fake)
     assert move != (0, 0)
+
+
+def test_the_demonstration_takes_a_step_of_each_stage(capsys):
+    """demonstrate, count_parameters, describe_losses: python srgan.py."""
+    srgan.demonstrate()
+    G, D, srresnet, srgan_losses = capsys.readouterr().out.splitlines()
+    assert G == "G: 1,547,350 parameters, [2, 3, 24, 24] -> [2, 3, 96, 96]"
+    assert D.endswith("[2, 3, 96, 96] -> [2]")
+    assert "loss" in srresnet
+    for name in ("discriminator", "d_real", "d_fake", "loss", "adversarial"):
+        assert f" {name} " in srgan_losses

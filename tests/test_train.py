@@ -142,7 +142,7 @@ def test_the_log_holds_the_means_of_the_losses_of_an_epoch(run, srresnet, monkey
 
 
 def test_the_validation_scores_are_those_of_the_saved_generator(run, photos, srresnet):
-    """RunFolder.validate, keep_best."""
+    """RunFolder.validate, end_epoch and save_if_best."""
     run("srresnet", "--lr", "2e-3", val=photos)
     generator = srgan.load_generator(srresnet / "checkpoint_best_psnr.pth")
     scores = []
@@ -231,7 +231,7 @@ def test_batch_norm_keeps_its_statistics_if_it_is_frozen(run, start, gan, frozen
 
 @pytest.mark.parametrize("setting, rate_of_d", [(0, 1e-4), (3e-4, 3e-4)])
 def test_learning_rates_betas_and_warmup_reach_both_networks(run, updates, setting, rate_of_d):
-    """State: if both betas are 0, Adam moves each weight by its rate, whatever the gradient."""
+    """State.set_rates: if both betas are 0, Adam moves each weight by its rate."""
     run("gan", "--lr", "1e-4", steps=3,
         *options(gan__betas=[0, 0], gan__discriminator_lr=setting, gan__warmup=2))
     assert len(updates) == 3
@@ -288,7 +288,7 @@ def test_the_result_is_the_moving_average_with_its_decay(run, updates, start, sr
     for key in result:
         if "num_batches" not in key:
             scale = average[key].abs().max()
-            assert (result[key] - average[key]).abs().max() <= 1e-6 * scale   # float32
+            assert (result[key] - average[key]).abs().max() <= 1e-5 * scale   # float32
 
 
 def test_each_update_has_random_numbers_of_its_own_also_when_resumed(run, monkeypatch):
@@ -372,7 +372,7 @@ def test_lr_images_of_a_folder_are_trained_on(run, photos, updates, tmp_path):
 
 def test_the_best_checkpoints_are_the_highest_psnr_and_ssim_and_the_lowest_lpips(
         run, srresnet, monkeypatch):
-    """RunFolder.keep_best, of three epochs; before them come bicubic and the start."""
+    """RunFolder.save_if_best, of three epochs; before them come bicubic and the start."""
     values = {"psnr": [20, 19, 22, 21], "ssim": [0.5, 0.6, 0.4, 0.5], "lpips": [0.3, 0.4, 0.2, 0.5]}
     scores = fake_scores(values, order=(0, 0, 1, 2, 3))
     monkeypatch.setattr(srgan, "usable_metrics", lambda *_: [*srgan.METRICS])
@@ -717,49 +717,6 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(run, srresnet, key, val
     assert "cannot be resumed" in run("srresnet", "--resume", epochs=2, fails=True)
 
 
-class Killed(BaseException):
-    """Stands in for the end of the process."""
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """kill_at(n, function, ...): whether function(...) was killed, before it wrote its n-th file"""
-    real = os.replace
-
-    def call(n, function, *args, **options):
-        written = []
-
-        def replace(source, target):
-            if len(written) == n:
-                raise Killed
-            written.append(target)
-            real(source, target)
-        with monkeypatch.context() as context:
-            context.setattr(os, "replace", replace)
-            try:
-                function(*args, **options)
-            except Killed:
-                return True
-        return False
-    return call
-
-
-def test_a_run_killed_at_any_of_its_writes_ends_like_one_that_was_not(run, kill_at, tmp_path):
-    """RunFolder, replacing, --resume."""
-    run("srresnet", "--out", "whole", epochs=2, steps=1)
-    whole = latest(tmp_path / "whole")
-    n = 0
-    while kill_at(n, run, "srresnet", "--out", f"killed-{n}", epochs=2, steps=1):
-        out = tmp_path / f"killed-{n}"
-        resume = ["--resume"] if (out / "checkpoint_latest.pth").exists() else []
-        run("srresnet", "--out", f"killed-{n}", *resume, epochs=2, steps=1)
-        for key in ("generator", "training", "best"):
-            assert same(latest(out)[key], whole[key]), (n, key)
-        assert [row["epoch"] for row in rows(out)] == ["1", "2"]
-        n += 1
-    assert n >= 12
-
-
 # What ends a run
 
 @pytest.mark.parametrize("stage, what, number, last", [
@@ -847,8 +804,9 @@ def test_two_processes_learn_as_one_from_the_mean_of_their_gradients_and_one_can
         for i, state in found[adam].items():
             a = of_each_rank[0][adam][i]["exp_avg"]
             b = of_each_rank[1][adam][i]["exp_avg"]
-            assert torch.allclose(state["exp_avg"], (a + b) / 2, rtol=1e-3, atol=1e-7)
-            assert not torch.allclose(a, b, rtol=1e-3, atol=1e-7)
+            largest = max(a.abs().max(), b.abs().max())
+            assert (state["exp_avg"] - (a + b) / 2).abs().max() <= 1e-4 * largest
+            assert (a - b).abs().max() >= 1e-2 * largest
     run("gan", "--resume", epochs=2, steps=1)
     assert latest(gan)["step"] == 2
 

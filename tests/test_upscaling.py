@@ -1,5 +1,8 @@
 """Section 6: whole images, in tiles that leave no trace."""
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,33 +34,47 @@ def test_no_tiling_shows_in_the_result_and_arrays_may_be_views(generator, tile, 
     check(srgan.upscale(generator, image, tile=tile), expected)
 
 
+def one_sided(block, scale, corner):
+    """A network that sees as far to one side as it can: each kernel has one weight, in a corner."""
+    blocks = 1 if block == "rrdb" else 2
+    g = srgan.make_generator(block, scale=scale, channels=4, tanh=False, n_blocks=blocks).eval()
+    for name, p in g.named_parameters():
+        if p.dim() == 4:
+            torch.nn.init.zeros_(p)
+            p.data[:, -1, corner, corner] = 1
+        elif name.endswith("bias"):
+            torch.nn.init.constant_(p, 0.1)
+    if block == "residual":
+        torch.nn.init.ones_(g.fuse[-1].weight)
+    return g
+
+
+@pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize("corner", [0, -1])
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
                                           ("rrdb", 4)])
-def test_tiles_are_exact_and_no_smaller_overlap_would_be(block, scale, corner, monkeypatch):
-    """In floating point, for a network that sees as far to one side as it can."""
-    g = srgan.make_generator(block, scale=scale, channels=4, tanh=False,
-                             n_blocks=1 if block == "rrdb" else 2).eval()
-    for name, p in g.named_parameters():
-        if p.dim() == 4:
-            torch.nn.init.zeros_(p).data[:, -1, corner, corner] = 1
-        elif name.endswith("bias"):
-            torch.nn.init.constant_(p, 0.1)
-    torch.nn.init.ones_(g.fuse[-1].weight) if block == "residual" else None
-    image, real, to_pixels, tiles = photo(41, 50), srgan.radii(g), srgan.to_pixels, []
-    monkeypatch.setattr(srgan, "PART", 16)
-    monkeypatch.setattr(srgan, "to_pixels", lambda sr: (tiles.append(sr), to_pixels(sr))[1])
-    lr = srgan.to_tensor(image)[None]
+def test_tiles_are_exact_and_no_smaller_overlap_would_be(block, scale, corner, optimize,
+                                                         monkeypatch):
+    """srgan.radii, before SR is rounded to 8 bits."""
+    g = one_sided(block, scale, corner)
+    image = photo(41, 50)
     with torch.no_grad():
-        whole = g(lr)
+        whole = g(srgan.to_tensor(image)[None])
+    if optimize:
+        g = srgan.optimize_for_inference(g)
+    real = srgan.radii(g)
+    monkeypatch.setattr(srgan, "PART", 16)
+    monkeypatch.setattr(srgan, "to_pixels", lambda sr: sr.movedim(-3, -1))   # stays in floats
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype: empty(*shape))
 
-    def error(less):
-        radii = tuple(np.subtract(real, less).tolist())
-        monkeypatch.setattr(srgan, "radii", lambda g: radii)
-        srgan.upscale(g, image, tile=17)
-        sr = srgan.fill_in_tiles(torch.empty_like(whole), lambda lr: tiles.pop(0), lr, 17, radii[0])
-        return (sr - whole).abs().max()
-    assert error((0, 0)) < 1e-5 < 1e-4 < min(error((1, 0)), error((0, 1)))
+    def error(radius, part_radius):
+        monkeypatch.setattr(srgan, "radii", lambda g: (radius, part_radius))
+        sr = torch.from_numpy(srgan.upscale(g, image, tile=17)).movedim(-1, 0)
+        return (sr - whole[0]).abs().max()
+    assert error(real[0], real[1]) < 1e-5
+    assert error(real[0] - 1, real[1]) > 1e-4
+    assert error(real[0], real[1] - 1) > 1e-4
 
 
 def test_tiles_bound_the_memory():
@@ -91,6 +108,29 @@ def test_anything_but_a_uint8_rgb_image_is_a_type_error(generator):
     for wrong in (photo(8, 8)[..., 0], photo(8, 8) / 255, photo(8, 8)[:0], "a.png"):
         with pytest.raises(TypeError, match=r"uint8 array \[h, w, 3\]"):
             srgan.upscale(generator, wrong)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("setting", ["torch.backends.fp32_precision = 'ieee'",
+                                     "torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+                                     "torch.backends.cudnn.allow_tf32 = False"])
+def test_arithmetic_bears_with_the_programs_settings_and_leaves_them(setting, device):
+    """srgan.arithmetic: since torch 2.9, the old way to set TF32 must not be mixed with the new."""
+    if "fp32_precision" in setting and not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this torch has only the old way")
+    state = setting.split(" = ")[0]
+    program = f"""if True:
+        import srgan, torch
+        {setting}
+        before = {state}
+        for precision in ("fp32", "bf16"):
+            with srgan.arithmetic(torch.device("{device}"), precision):
+                pass
+        assert {state} == before
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(srgan.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.cuda
