@@ -13,19 +13,16 @@ What surrounds it
     8. Beyond the paper   initialisation, networks, losses, penalties
     9. Speed              the same mathematics, computed faster
 
-Sections 1 to 3 contain only what is in the paper; every addition is marked. The paper's symbols are
-used throughout: G and D are the generator and the discriminator, LR is a low-resolution image, HR
-the original that it was made from, and SR = G(LR) the network's answer.
-
-Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
-[-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
+Sections 1 to 3 follow the paper; every addition is marked. G and D are the generator and the
+discriminator, LR is a low-resolution image, HR the original that it was made from, and SR = G(LR)
+the generator's estimate of HR. Tensors are float32 [N, 3, height, width], RGB: LR [N, 3, h, w] in
+[0, 1], HR and SR [N, 3, H, W] in [-1, 1] (Sec. 3.2). Other images are uint8 arrays [h, w, 3].
 `python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
 import contextlib
 import copy
 import functools
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -35,7 +32,6 @@ import shutil
 import signal
 import sys
 import time
-import timeit
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +57,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, n=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN adds a bias
             nn.BatchNorm2d(n),
             nn.PReLU(),                                           # one slope for all maps
             nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
@@ -72,21 +68,22 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], as HR in [-1, 1].
 
+                                                     k3n64s1, BN
         LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
-             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
-             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
+             k9n64s1,  │                                    │     k3n256s1,           k9n3s1
+             PReLU     └───────────── long skip ────────────┘     shuffle, PReLU
 
-    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
-    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
+    scale: the paper's r, 2, 4 or 8. channels: n64. n_blocks: the paper's B. 1,547,350 parameters.
+    tanh, beyond the paper: end with a Tanh, which keeps SR in [-1, 1], as most programs do.
     """
     block = "residual"                                            # its name in GENERATORS (sec. 8)
 
     def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__()
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
-                     "block": self.block}                         # saved with the weights
+                     "block": self.block}                         # saved with the weights (sec. 7)
         n = channels
         self.head = nn.Sequential(
             nn.Conv2d(3, n, 9, padding=4), nn.PReLU())            # k9n64s1, PReLU
@@ -97,9 +94,8 @@ class Generator(nn.Module):
             nn.BatchNorm2d(n))
         self.upsample = nn.Sequential()
         for _ in range(int(math.log2(scale))):
-            self.upsample.append(nn.Conv2d(n, 4 * n, 3, padding=1))             # k3n256s1
-            self.upsample.append(nn.PixelShuffle(2))              # [N, 4 n, h, w] -> [N, n, 2h, 2w]
-            self.upsample.append(nn.PReLU())
+            self.upsample.extend([
+                nn.Conv2d(n, 4 * n, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()])  # k3n256s1
         self.tail = nn.Conv2d(n, 3, 9, padding=4)                 # k9n3s1
         self.output = nn.Tanh() if tanh else nn.Identity()
 
@@ -111,7 +107,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid.
+
+    patch_size: H and W; the dense layer fits no other size. 23,563,649 parameters at 96.
+    """
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -124,7 +123,7 @@ class Discriminator(nn.Module):
             discriminator_block(256, 256, stride=2),              # k3n256s2
             discriminator_block(256, 512, stride=1),              # k3n512s1
             discriminator_block(512, 512, stride=2))              # k3n512s2
-        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
+        side = math.ceil(patch_size / 16)                         # halved four times: 96 -> 6
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
             nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
@@ -135,10 +134,9 @@ class Discriminator(nn.Module):
 
 
 def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
-    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2."""
-    return nn.Sequential(
-        nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False), norm(n, affine=True),
-        nn.LeakyReLU(0.2))
+    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2. norm: section 8 has others."""
+    conv = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)   # BN adds a bias
+    return nn.Sequential(conv, norm(n, affine=True), nn.LeakyReLU(0.2))
 
 
 # ==================================================================================================
@@ -146,15 +144,15 @@ def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels, and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
 class ContentNetwork(nn.Module):
     """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
 
-    Sec. 3.2 scales the feature maps by 1/12.75 and thereby Eq. 5 by its square, about 0.006.
-    The input is normalised as torchvision's networks expect it.
+    Sec. 3.2 scales the feature maps by 1/12.75, so that the VGG loss has the scale of the MSE; this
+    multiplies Eq. 5 by about 0.006. The input is normalised as torchvision's networks expect it.
     """
 
     def __init__(self, features, divisor=12.75):
@@ -166,7 +164,7 @@ class ContentNetwork(nn.Module):
 
     def forward(self, x):                                         # [N, 3, H, W] in [-1, 1]
         x = ((x + 1) / 2 - self.mean) / self.std
-        return self.features(x).float() / self.divisor            # [N, C, h, w]
+        return self.features(x).float() / self.divisor            # float: may be bf16 (section 9)
 
 
 class TruncatedVGG19(ContentNetwork):
@@ -174,8 +172,8 @@ class TruncatedVGG19(ContentNetwork):
 
     layer: "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6].
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
-    that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
-    weights/README.md says which VGG19 the divisor 12.75 suits.
+    that holds at least the layers needed, or "random" (seeded, for tests). divisor: see
+    ContentNetwork; weights/README.md says which VGG19 it suits. Raises InputError (section 4).
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -188,8 +186,7 @@ class TruncatedVGG19(ContentNetwork):
             n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512 maps
             if i > 1 and j == 1:
                 features.append(nn.MaxPool2d(2))
-            features.append(nn.Conv2d(n_in, n, 3, padding=1))
-            features.append(nn.ReLU())
+            features.extend([nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()])
             n_in = n
         load_features(features, weights, VGG19_URL)               # section 7
         super().__init__(features, divisor)
@@ -198,8 +195,8 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
-    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
+    phi: a ContentNetwork. The mean includes the feature maps, so that a weight means the same for
+    every layer; Eq. 5 sums over them, as a squared distance of vectors: 128 (VGG22), 512 (VGG54).
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
@@ -207,27 +204,27 @@ def content_loss(phi, sr, hr):
 def adversarial_loss(D, sr):
     """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
-    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradient vanishes while D recognises SR with
+    confidence (Sec. 2.2.2). Here D returns logits; the paper's D(SR) is their sigmoid.
     """
     return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
 
 def perceptual_loss(l_x, l_gen, weight=1e-3):
-    """Eq. 3, l^SR: content loss (Eq. 4 or 5) and adversarial loss (Eq. 6). Scalars -> scalar."""
+    """Eq. 3, l^SR: content loss (Eq. 4, 5) + 10^-3 adversarial loss (Eq. 6). Scalars -> scalar."""
     return l_x + weight * l_gen                                   # Eq. 3
 
 
 # ==================================================================================================
-# 3. Training. SRResNet minimises a content loss alone (Eq. 1). SRGAN starts from SRResNet: D and G
-#    play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
+# 3. Training. Stage 1: SRResNet minimises a content loss alone (Eq. 1). Stage 2: SRGAN starts from
+#    SRResNet; D and G play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
 
 def srresnet_step(G, adam, content, lr, hr):
     """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
     content: a function of SR and HR; in the paper, Eq. 4.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {"loss": l^SR}.
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w]
     l_sr = content(sr, hr)                                        # Eq. 4
@@ -236,18 +233,18 @@ def srresnet_step(G, adam, content, lr, hr):
 
 
 def discriminator_loss(real, fake):
-    """D's side of Eq. 2, negated so that it is minimised. real = D(HR), fake = D(SR): logits [N].
+    """D's side of Eq. 2, negated so that it is minimised. real, fake: D's logits of HR, SR, [N].
 
-    1 - sigmoid(x) = sigmoid(-x), so the second logarithm is that of 1 - D(SR).
+    The paper's D(HR) is sigmoid(real), and its 1 - D(SR) is 1 - sigmoid(fake) = sigmoid(-fake).
     """
     return -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()  # -log D(HR) - log(1 - D(SR))
 
 
 def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
-    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
+    """One step of D (Eq. 2). sr, detached from G, and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
-    HR. Returns {name: scalar}.
+    Beyond the paper: another d_loss; penalty, a function of SR and HR. Returns "discriminator",
+    D's loss, and "d_real" and "d_fake", its mean logits for HR and SR.
     """
     D.requires_grad_(True)
     real = D(hr)                                                  # [N]; two passes, because batch
@@ -256,7 +253,7 @@ def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None)
     if penalty is not None:
         loss = loss + penalty(sr, hr)
     minimize(loss, adam)
-    D.requires_grad_(False)                                       # D is fixed while G learns
+    D.requires_grad_(False)                                       # D is frozen while G learns
     return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
 
@@ -265,16 +262,17 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
     """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
 
     content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
-    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: g_loss, a function
+    of D and SR in place of Eq. 6; d_loss and penalty, see discriminator_step. Returns what that
+    returns, "loss" (l^SR) and "adversarial" (l_Gen).
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
 
     # D learns to tell HR from SR.
     losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
 
-    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
-    # G's side of Eq. 2, because its gradients do not vanish.
+    # G learns to bring SR closer to HR in the feature maps phi, and to make D take SR for HR. Eq. 6
+    # replaces G's side of Eq. 2, see adversarial_loss.
     l_x = content(sr, hr)                                         # Eq. 5
     l_gen = g_loss(D, sr)                                         # Eq. 6
     l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
@@ -285,7 +283,7 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
 
 
 def minimize(loss, adam):
-    """One step of Adam down the loss's gradient (Sec. 3.2: beta1 = 0.9; rate 1e-4, then 1e-5)."""
+    """One update by an Adam that the caller made (Sec. 3.2: beta1 = 0.9, learning rate 1e-4)."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -325,9 +323,10 @@ def one_line(error):
 def readable_formats():
     """{ending: Pillow's name of the format}; with HEIC and JPEG XL if their plug-ins are there."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
+        import pillow_heif
+        pillow_heif.register_heif_opener()
     with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_jxl")                    # registers itself
+        import pillow_jxl                                        # noqa: F401; registers itself
     known = Image.registered_extensions()
     return {ending: name for ending, name in known.items() if name in FORMATS}
 
@@ -534,7 +533,7 @@ def to_pixels(sr):
 def weighted_sums(x, taps, dim, stride=1):
     """Sums of len(taps) neighbours along `dim`, weighted by taps, at every stride-th position.
 
-    A product and a sum instead of a convolution, whose factors some libraries round (TF32).
+    Products and a sum, because some libraries round the factors of a convolution (TF32).
     """
     return (x.unfold(dim, len(taps), stride) * taps).sum(-1)
 
@@ -542,7 +541,7 @@ def weighted_sums(x, taps, dim, stride=1):
 def bicubic_taps(scale):
     """The bicubic kernel (Keys 1981, a = -0.5), stretched by scale: 4 scale weights, sum 1.
 
-    They are multiples of powers of two, which float32 holds exactly.
+    They are multiples of a power of two (2^-12 at scale 4), so that float32 holds them exactly.
     """
     distance = (torch.arange(4 * scale) - 2 * scale + 0.5).abs() / scale       # in LR pixels
     near = 1.5 * distance ** 3 - 2.5 * distance ** 2 + 1                       # from 0 to 1
@@ -551,7 +550,7 @@ def bicubic_taps(scale):
 
 
 def gaussian_taps(scale):
-    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), cut off beyond 3 sigma; sum 1."""
+    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), as far as 3 to 4 sigma; sum 1."""
     n = scale + 2 * (5 * scale // 4)                             # LR pixel and 1.25 on each side
     return gaussian(n, 0.4 * scale)
 
@@ -571,12 +570,12 @@ def kernel_reach(kernel, scale):
 
 
 def downsample(hr, scale=4, kernel="bicubic"):
-    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
+    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale], also in [0, 1].
 
-    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). Like the LR images of Set5, Set14, BSD100
-    and Urban100, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits (half
-    up), then horizontally; pixels outside the image repeat its border. Raises ValueError unless
-    H and W are multiples of scale.
+    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). As the LR images of Set5, Set14, BSD100 and
+    Urban100 were made, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits
+    (half up), then horizontally and rounded again; pixels outside the image repeat its border.
+    Raises ValueError unless H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
@@ -1369,8 +1368,9 @@ def is_out_of_memory(error):
 
 
 # ==================================================================================================
-# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the result of
-#    training, the moving average of G's weights; "arch": G's arguments; and what train.py adds.
+# 7. Checkpoints, other files, and how a script starts. A checkpoint is a dictionary of tensors,
+#    numbers and strings. "generator": the result of training, the moving average of G's weights;
+#    "arch": G's arguments; and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1384,7 +1384,10 @@ def float_state(network):
 
 @torch.no_grad()
 def ema_(average, current, decay):
-    """average = decay * average + (1 - decay) * current, in place; both are float_state lists."""
+    """Exponential moving average: average = decay * average + (1 - decay) * current, in place.
+
+    Both are lists of tensors, from float_state.
+    """
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
@@ -1610,7 +1613,8 @@ def start_as_nearest(generator):
     """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
     Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
-    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937). With tanh=True,
+    [0, 1] becomes [-0.85, 0.85], as tanh(2.5 x - 1.25) is near 2 x - 1.
     """
     # The first three maps are R, G and B.
     nn.init.dirac_(generator.head[0].weight[:3])
@@ -1628,7 +1632,7 @@ def start_as_nearest(generator):
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
 
-    # tanh(2.5 x - 1.25) is near 2 x - 1, which takes [0, 1] to [-1, 1].
+    # The Tanh of 2.5 x - 1.25.
     nn.init.dirac_(generator.tail.weight).mul_(2.5)
     generator.tail.bias.fill_(-1.25)
 
@@ -1714,7 +1718,10 @@ PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 
 
 def content_losses(pixel_loss="mse", phi=None, scale=4):
-    """{name: function of SR and HR}: what l_X of Eq. 3 can consist of; setting <name>_weight."""
+    """{name: function of SR and HR}: the terms that l_X of Eq. 3 can consist of.
+
+    The setting <name>_weight weighs each. A new term is a row here and a setting in config.json.
+    """
     return {
         "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
         "content": functools.partial(content_loss, phi),         # Eq. 5
@@ -1743,25 +1750,26 @@ class WeightedSum:
 
 
 def wasserstein_g_loss(D, sr):
-    """G's side of Gulrajani et al. 2017, Eq. 3. D is a critic: it returns scores. -> scalar"""
+    """G's side of Gulrajani et al. 2017, Eq. 2. D is a critic: it returns scores. -> scalar"""
     return -D(sr).mean()
 
 
 def wasserstein_d_loss(real, fake):
-    """The critic's side of Gulrajani et al. 2017, Eq. 3. Scores [N] -> scalar"""
+    """The critic's loss of Gulrajani et al. 2017, Eq. 3, but for its penalty. Scores -> scalar"""
     return fake.mean() - real.mean()
 
 
 def relativistic_g_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR should look more real than the average HR, and
-    HR less real than the average SR. -> scalar"""
+    """G's loss of the relativistic average GAN (Jolicoeur-Martineau 2018), Wang et al. 2018, Eq. 2:
+    SR should look more real than the average HR, and HR less real than the average SR. -> scalar"""
     fake = D(sr)
     real = D(hr)
     return discriminator_loss(fake - real.mean(), real - fake.mean())
 
 
 def relativistic_d_loss(real, fake):
-    """Wang et al. 2018, Eq. 1: the opposite. Logits [N] -> scalar"""
+    """D's loss, Eq. 1: HR should look more real than the average SR, and SR less real than the
+    average HR. Logits [N] -> scalar"""
     return discriminator_loss(real - fake.mean(), fake - real.mean())
 
 
@@ -1974,11 +1982,12 @@ class FusedConv(nn.Module):
             self.packed[dtype] = (weight, bias)
         layer = (*self.packed[dtype], *geometry)
         convolution = torch.ops.mkldnn._convolution_pointwise
+        x = x.to(dtype)
         if plus is not None:
-            return convolution.binary(x.to(dtype), plus.to(dtype), *layer, "add", 1.0, None, [], None)
+            return convolution.binary(x, plus.to(dtype), *layer, "add", 1.0, None, [], None)
         if self.slope is not None:
-            return convolution(x.to(dtype), *layer, "leaky_relu", [self.slope], "")
-        return convolution(x.to(dtype), *layer, "none", [], "")
+            return convolution(x, *layer, "leaky_relu", [self.slope], "")
+        return convolution(x, *layer, "none", [], "")
 
     def __getstate__(self):
         """For copies and pickles: packed weights can be neither copied nor saved."""
@@ -2002,16 +2011,24 @@ def pick_precision(device, name="auto"):
     if name != "auto":
         return name
 
-    def seconds(dtype):
-        x, conv = (thing.to(device, dtype, memory_format=torch.channels_last)
-                   for thing in (torch.zeros(4, 64, 64, 64), nn.Conv2d(64, 64, 3, padding=1)))
-        with torch.inference_mode():                             # item() waits for the device
-            return min(timeit.repeat(lambda: conv(x)[0, 0, 0, 0].item(), number=1, repeat=8,
-                                     timer=time.perf_counter))
     try:
-        return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+        faster = time_convolution(device, torch.bfloat16) < time_convolution(device, torch.float32)
     except RuntimeError:                                         # no bf16
         return "fp32"
+    return "bf16" if faster else "fp32"
+
+
+@torch.inference_mode()
+def time_convolution(device, dtype):
+    """How many seconds a small convolution takes in this dtype: the shortest of eight times."""
+    x = torch.zeros(4, 64, 64, 64).to(device, dtype, memory_format=torch.channels_last)
+    conv = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        conv(x)[0, 0, 0, 0].item()                               # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def demonstrate():
@@ -2028,10 +2045,13 @@ def demonstrate():
     print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
     losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
-    print("one step of SRResNet: " + describe_losses(losses))
+    print("a step of SRResNet: " + describe_losses(losses))
+
+    # D's loss is near 2 log 2, as D has learnt nothing yet. G's adversarial loss is large, because
+    # it is computed by the D that has just learnt from this very batch.
     vgg_loss = functools.partial(content_loss, phi)
     losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
-    print("one step of SRGAN: " + describe_losses(losses))
+    print("a step of SRGAN: " + describe_losses(losses))
 
 
 def count_parameters(network):

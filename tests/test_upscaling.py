@@ -13,20 +13,20 @@ import srgan
 
 
 def super_resolve(generator, image):
-    """G as drawn in Fig. 4, of the whole image: float [H, W, 3] in [0, 255]."""
+    """G as drawn in Fig. 4, of the whole image: float64 [H, W, 3] in [0, 255]."""
     with torch.no_grad():
-        sr = generator(torch.from_numpy(image / 255).float().permute(2, 0, 1)[None])
+        sr = generator(torch.from_numpy(image / 255).permute(2, 0, 1)[None])
     return (sr[0].permute(1, 2, 0).numpy() + 1) * 127.5
 
 
 def check(result, expected):
     """The result is what was expected, rounded to 8 bits."""
-    assert result.dtype == np.uint8 and np.abs(result - expected).max() <= 0.5 + 1e-3
+    assert result.dtype == np.uint8 and np.abs(result - expected).max() <= 0.5 + 1e-6
 
 
 @pytest.mark.parametrize("tile, size", [
     (0, (37, 45)), (1, (4, 45)), (16, (37, 45)), (None, (37, 45)), (None, (1, 1)), (5, (1, 50))])
-def test_no_tiling_shows_in_the_result_and_arrays_may_be_views(generator, tile, size):
+def test_no_tiling_shows_in_the_result_and_arrays_may_be_views(double, generator, tile, size):
     image = photo(*size)[::-1]
     image.flags.writeable = False
     expected = super_resolve(generator, image.copy())
@@ -53,7 +53,7 @@ def one_sided(block, scale, corner):
 @pytest.mark.parametrize("corner", [0, -1])
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
                                           ("rrdb", 4)])
-def test_tiles_are_exact_and_no_smaller_overlap_would_be(block, scale, corner, optimize,
+def test_tiles_are_exact_and_no_smaller_overlap_would_be(double, block, scale, corner, optimize,
                                                          monkeypatch):
     """srgan.radii, before SR is rounded to 8 bits."""
     g = one_sided(block, scale, corner)
@@ -72,7 +72,7 @@ def test_tiles_are_exact_and_no_smaller_overlap_would_be(block, scale, corner, o
         monkeypatch.setattr(srgan, "radii", lambda g: (radius, part_radius))
         sr = torch.from_numpy(srgan.upscale(g, image, tile=17)).movedim(-1, 0)
         return (sr - whole[0]).abs().max()
-    assert error(real[0], real[1]) < 1e-5
+    assert error(real[0], real[1]) < 1e-9
     assert error(real[0] - 1, real[1]) > 1e-4
     assert error(real[0], real[1] - 1) > 1e-4
 
@@ -93,7 +93,7 @@ def test_if_memory_runs_out_the_message_says_what_to_do(generator, monkeypatch):
             srgan.upscale(generator, photo(8, 8))
 
 
-def test_the_ensemble_is_the_mean_over_eight_views(generator):
+def test_the_ensemble_is_the_mean_over_eight_views(double, generator):
     image, sums = photo(20, 28), 0
     result = srgan.upscale(generator, image, ensemble=True, tile=9)
     for turns in range(4):
@@ -138,4 +138,4 @@ def test_arithmetic_bears_with_the_programs_settings_and_leaves_them(setting, de
 def test_the_gpu_gives_the_cpus_image(generator):
     image = photo(40, 50)
     gpu = srgan.upscale(copy.deepcopy(generator).cuda(), image, tile=20)
-    assert np.abs(gpu.astype(int) - srgan.upscale(generator, image)).max() <= 2
+    assert np.abs(gpu.astype(int) - srgan.upscale(generator, image)).max() <= 1
