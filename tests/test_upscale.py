@@ -334,6 +334,8 @@ def test_names_that_differ_in_case_collide_where_the_disk_says_so(up, monkeypatc
     assert written("fat") == ["IMG_1.jpg.png", "img_1.png.png"]
     save_in("deep/IMG_1.png", "deep/sub/x.png")
     assert "would both become" in up("in/img_1.png", "in/deep/IMG_1.png", "both/")[2]
+    for output in ("in/IMG_1.PNG", "IN/"):
+        assert "never overwritten" in up("in/img_1.png", output, "--overwrite")[2]
 
 
 def test_whether_a_disk_ignores_case_is_asked_in_the_folder_or_above_it(tmp_path, monkeypatch):
