@@ -581,7 +581,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     h, w = hr.shape[2:]
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
-    taps = KERNELS[kernel](scale).to(hr)
+    taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
     border = [reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
@@ -809,19 +809,20 @@ class Store:
         return self.pixels[self.start[i]:self.start[i] + h * w].view(h, w, 3)
 
 
-def decode_ahead(paths, n_threads=4):
+def decode_ahead(paths):
     """Yield uint8 [h, w, 3] of each path, [0, 0, 3] if it is unreadable; shows a progress bar.
 
-    At most 2 n_threads images are in memory.
+    Threads decode a few images ahead, at most 8, to bound the memory.
     """
+    n_threads = min(4, os.cpu_count() or 1)
     waiting = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for path in tqdm(paths, desc="decoding once", disable=None):
             waiting.append(pool.submit(decode_or_none, path))
             if len(waiting) == 2 * n_threads:
                 yield waiting.popleft().result()
-        for image in waiting:
-            yield image.result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def decode_or_none(path):

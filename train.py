@@ -110,8 +110,9 @@ def train(tools, state, batches, folder, settings, stage, device, world):
         # One update, with the learning rate and the random numbers that belong to it.
         factor = rate_factor(values, state.step, steps)
         state.set_rates(factor)
+        pairs = next(batches)                                    # the first call draws numbers, too
         torch.manual_seed(settings["seed"] + state.step)         # the same when resumed
-        losses = update(tools, next(batches))
+        losses = update(tools, pairs)
         state.record(losses, settings["ema"])
         state.seconds = time.monotonic() - began
         bar.update()
@@ -396,13 +397,15 @@ class State:
         self.current = srgan.float_state(networks["generator"])
 
         # An Adam for each network, with a learning rate of its own.
+        beta1, beta2 = values["betas"]
         self.base_rates = {"generator": values["lr"]}
         if "discriminator" in networks:
             self.base_rates["discriminator"] = values["discriminator_lr"] or values["lr"]
         self.adam = {}
         for name, network in networks.items():
             self.adam[name] = torch.optim.Adam(network.parameters(), self.base_rates[name],
-                                               tuple(values["betas"]), fused=device.type != "meta")
+                                               (float(beta1), float(beta2)),
+                                               fused=device.type != "meta")
 
         # What has happened so far.
         self.step = 0
@@ -465,6 +468,8 @@ class State:
 
 def restore_adam(adam, saved):
     """Restore Adam's moments. Raises ValueError where they do not fit, for fused Adam would not."""
+    if not saved:                                                # it has not taken a step yet
+        return
     for i, p in enumerate(adam.param_groups[0]["params"]):
         adam.state[p]["step"] = torch.tensor(float(saved[i]["step"]), device=p.device)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -790,6 +795,8 @@ def resolve_settings(args, saved=None):
         raise InputError(f"patch_size must be a multiple of scale, {settings['scale']}")
     if len(settings["split"]) != 3 or sum(settings["split"]) != 100:
         raise InputError("split must be three percentages, in total 100")
+    if len(settings[f"{args.stage}.betas"]) != 2:
+        raise InputError(f"{args.stage}.betas must be two numbers")
     weights = [settings[f"{args.stage}.{name}_weight"] for name in srgan.CONTENT_LOSSES
                if name != "tv"]
     if not any(weights):
