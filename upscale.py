@@ -253,7 +253,7 @@ class Outcome:
         self.sizes = []                              # (width, height) of each result
         self.failures = []                           # a line about each image that failed
         self.notes = {}                              # {note: paths of the images}
-        self.disk_is_full = False
+        self.disk_failed = False
 
     def note(self, note, path):
         self.notes.setdefault(note, []).append(path)
@@ -291,7 +291,7 @@ def upscale_all(jobs, generator, args):
                     outcome.note(note, source)
                 # Wait for the previous result, then hand over this one with its claim.
                 wait(saving)
-                if outcome.disk_is_full:
+                if outcome.disk_failed:
                     break
                 saving = [pool.submit(save, image, pixels, args.outscale, result, outcome,
                                       claim.pop_all())]
@@ -385,8 +385,9 @@ def save(image, pixels, outscale, result, outcome, claim):
                 temporary.write_bytes(file.getbuffer())
             outcome.sizes.append(large.size)
         except Exception as error:                   # any type: no memory, too long a name
-            outcome.failures.append(f"{result}: cannot be written ({srgan.one_line(error)})")
-            outcome.disk_is_full = getattr(error, "errno", None) in DISK_ERRORS
+            outcome.disk_failed = getattr(error, "errno", None) in DISK_ERRORS
+            end = "; stopped" if outcome.disk_failed else ""
+            outcome.failures.append(f"{result}: cannot be written ({srgan.one_line(error)}){end}")
 
 
 def save_options(info, form):

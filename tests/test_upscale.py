@@ -482,8 +482,8 @@ def test_the_readmes_video_recipe_keeps_colours_shape_speed_and_sound(tmp_path):
     run("ffmpeg -f lavfi -i color=0x00ff00:s=44x34:r=30:d=0.1 -f lavfi -i sine=d=0.1 -c:v libx264"
         " -qp 0 -pix_fmt yuv444p -vf scale=out_color_matrix=bt709,setparams=colorspace=bt709,"
         "setsar=15/11 -c:a pcm_s16le -f mov in.mp4")
-    recipe = (ROOT / "README.md").read_text("utf-8").split("**A video**")[1].split("```")[1]
-    run(recipe.removeprefix("bash"))
+    section = (ROOT / "README.md").read_text("utf-8").split("A video is enlarged")[1]
+    run(section.split("```bash")[1].split("# Before all this")[0])
     facts = run("ffprobe -v error -of json -show_streams out.mp4")
     video, sound = json.loads(facts)["streams"]
     assert (video["width"], video["height"]) == (4 * 60, 4 * 34) and video["nb_frames"] == "3"
