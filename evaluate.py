@@ -208,8 +208,8 @@ def check_outputs(args, folders):
             if real.is_relative_to(os.path.realpath(path)):
                 raise InputError(f"{output} lies inside the input {path}; name another output")
     for file in files:
-        if os.path.isdir(file):
-            raise InputError(f"{file} is a folder; name a file")
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise InputError(f"{file} is not a file; choose another name")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -13,19 +13,16 @@ What surrounds it
     8. Beyond the paper   initialisation, networks, losses, penalties
     9. Speed              the same mathematics, computed faster
 
-Sections 1 to 3 contain only what is in the paper; every addition is marked. The paper's symbols are
-used throughout: G and D are the generator and the discriminator, LR is a low-resolution image, HR
-the original that it was made from, and SR = G(LR) the network's answer.
-
-Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
-[-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
+Sections 1 to 3 follow the paper; every addition is marked. G and D are the generator and the
+discriminator, LR is a low-resolution image, HR the original that it was made from, and SR = G(LR)
+the generator's estimate of HR. Tensors are float32 [N, 3, height, width], RGB: LR [N, 3, h, w] in
+[0, 1], HR and SR [N, 3, H, W] in [-1, 1] (Sec. 3.2). Other images are uint8 arrays [h, w, 3].
 `python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
 import contextlib
 import copy
 import functools
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -35,7 +32,6 @@ import shutil
 import signal
 import sys
 import time
-import timeit
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +57,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, n=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN adds a bias
             nn.BatchNorm2d(n),
             nn.PReLU(),                                           # one slope for all maps
             nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
@@ -72,21 +68,22 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], as HR in [-1, 1].
 
+                                                     k3n64s1, BN
         LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
-             k9n64s1   │                         k3n64s1    │      k3n256s1          k9n3s1
-             PReLU     └───────── long skip ─────── BN ─────┘      shuffle, PReLU
+             k9n64s1,  │                                    │     k3n256s1,           k9n3s1
+             PReLU     └───────────── long skip ────────────┘     shuffle, PReLU
 
-    scale: 2, 4 or 8; each factor of 2 is one upsampling layer. 1,547,350 parameters at scale 4.
-    tanh, beyond the paper: keep SR in [-1, 1] by a last Tanh, as train.py and nearly everyone does.
+    scale: the paper's r, 2, 4 or 8. channels: n64. n_blocks: the paper's B. 1,547,350 parameters.
+    tanh, beyond the paper: end with a Tanh, which keeps SR in [-1, 1], as most programs do.
     """
     block = "residual"                                            # its name in GENERATORS (sec. 8)
 
     def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__()
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
-                     "block": self.block}                         # saved with the weights
+                     "block": self.block}                         # saved with the weights (sec. 7)
         n = channels
         self.head = nn.Sequential(
             nn.Conv2d(3, n, 9, padding=4), nn.PReLU())            # k9n64s1, PReLU
@@ -97,9 +94,8 @@ class Generator(nn.Module):
             nn.BatchNorm2d(n))
         self.upsample = nn.Sequential()
         for _ in range(int(math.log2(scale))):
-            self.upsample.append(nn.Conv2d(n, 4 * n, 3, padding=1))             # k3n256s1
-            self.upsample.append(nn.PixelShuffle(2))              # [N, 4 n, h, w] -> [N, n, 2h, 2w]
-            self.upsample.append(nn.PReLU())
+            self.upsample.extend([
+                nn.Conv2d(n, 4 * n, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()])  # k3n256s1
         self.tail = nn.Conv2d(n, 3, 9, padding=4)                 # k9n3s1
         self.output = nn.Tanh() if tanh else nn.Identity()
 
@@ -111,7 +107,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid."""
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid.
+
+    patch_size: H and W; the dense layer fits no other size. 23,563,649 parameters at 96.
+    """
 
     def __init__(self, patch_size=96):
         super().__init__()
@@ -124,7 +123,7 @@ class Discriminator(nn.Module):
             discriminator_block(256, 256, stride=2),              # k3n256s2
             discriminator_block(256, 512, stride=1),              # k3n512s1
             discriminator_block(512, 512, stride=2))              # k3n512s2
-        side = math.ceil(patch_size / 16)                         # D fits one patch size; 96 -> 6
+        side = math.ceil(patch_size / 16)                         # halved four times: 96 -> 6
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
             nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
@@ -135,10 +134,9 @@ class Discriminator(nn.Module):
 
 
 def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
-    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2."""
-    return nn.Sequential(
-        nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False), norm(n, affine=True),
-        nn.LeakyReLU(0.2))
+    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2. norm: section 8 has others."""
+    conv = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)   # BN adds a bias
+    return nn.Sequential(conv, norm(n, affine=True), nn.LeakyReLU(0.2))
 
 
 # ==================================================================================================
@@ -146,15 +144,15 @@ def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels and colours. [N, 3, H, W] twice -> scalar."""
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels, and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
 class ContentNetwork(nn.Module):
     """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
 
-    Sec. 3.2 scales the feature maps by 1/12.75 and thereby Eq. 5 by its square, about 0.006.
-    The input is normalised as torchvision's networks expect it.
+    Sec. 3.2 scales the feature maps by 1/12.75, so that the VGG loss has the scale of the MSE; this
+    multiplies Eq. 5 by about 0.006. The input is normalised as torchvision's networks expect it.
     """
 
     def __init__(self, features, divisor=12.75):
@@ -166,7 +164,7 @@ class ContentNetwork(nn.Module):
 
     def forward(self, x):                                         # [N, 3, H, W] in [-1, 1]
         x = ((x + 1) / 2 - self.mean) / self.std
-        return self.features(x).float() / self.divisor            # [N, C, h, w]
+        return self.features(x).float() / self.divisor            # float: may be bf16 (section 9)
 
 
 class TruncatedVGG19(ContentNetwork):
@@ -174,8 +172,8 @@ class TruncatedVGG19(ContentNetwork):
 
     layer: "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6].
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
-    that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
-    weights/README.md says which VGG19 the divisor 12.75 suits.
+    that holds at least the layers needed, or "random" (seeded, for tests). divisor: see
+    ContentNetwork; weights/README.md says which VGG19 it suits. Raises InputError (section 4).
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
@@ -188,8 +186,7 @@ class TruncatedVGG19(ContentNetwork):
             n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512 maps
             if i > 1 and j == 1:
                 features.append(nn.MaxPool2d(2))
-            features.append(nn.Conv2d(n_in, n, 3, padding=1))
-            features.append(nn.ReLU())
+            features.extend([nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()])
             n_in = n
         load_features(features, weights, VGG19_URL)               # section 7
         super().__init__(features, divisor)
@@ -198,8 +195,8 @@ class TruncatedVGG19(ContentNetwork):
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5 sums
-    over them: that would be 128 times this value for VGG22 and 512 times for VGG54.
+    phi: a ContentNetwork. The mean includes the feature maps, so that a weight means the same for
+    every layer; Eq. 5 sums over them, as a squared distance of vectors: 128 (VGG22), 512 (VGG54).
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
@@ -207,27 +204,27 @@ def content_loss(phi, sr, hr):
 def adversarial_loss(D, sr):
     """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    By Eq. 2, G would minimise log(1 - D(SR)), whose gradients vanish where D is right (Sec. 2.2.2).
-    Here D returns logits, so that the paper's log D(SR) is the logarithm of their sigmoid.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradient vanishes while D recognises SR with
+    confidence (Sec. 2.2.2). Here D returns logits; the paper's D(SR) is their sigmoid.
     """
     return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
 
 def perceptual_loss(l_x, l_gen, weight=1e-3):
-    """Eq. 3, l^SR: content loss (Eq. 4 or 5) and adversarial loss (Eq. 6). Scalars -> scalar."""
+    """Eq. 3, l^SR: content loss (Eq. 4, 5) + 10^-3 adversarial loss (Eq. 6). Scalars -> scalar."""
     return l_x + weight * l_gen                                   # Eq. 3
 
 
 # ==================================================================================================
-# 3. Training. SRResNet minimises a content loss alone (Eq. 1). SRGAN starts from SRResNet: D and G
-#    play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
+# 3. Training. Stage 1: SRResNet minimises a content loss alone (Eq. 1). Stage 2: SRGAN starts from
+#    SRResNet; D and G play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
 
 def srresnet_step(G, adam, content, lr, hr):
     """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
     content: a function of SR and HR; in the paper, Eq. 4.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {name: scalar}.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {"loss": l^SR}.
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w]
     l_sr = content(sr, hr)                                        # Eq. 4
@@ -236,18 +233,18 @@ def srresnet_step(G, adam, content, lr, hr):
 
 
 def discriminator_loss(real, fake):
-    """D's side of Eq. 2, negated so that it is minimised. real = D(HR), fake = D(SR): logits [N].
+    """D's side of Eq. 2, negated so that it is minimised. real, fake: D's logits of HR, SR, [N].
 
-    1 - sigmoid(x) = sigmoid(-x), so the second logarithm is that of 1 - D(SR).
+    The paper's D(HR) is sigmoid(real), and its 1 - D(SR) is 1 - sigmoid(fake) = sigmoid(-fake).
     """
     return -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()  # -log D(HR) - log(1 - D(SR))
 
 
 def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
-    """One step of D alone. sr (without a gradient) and hr: [N, 3, 4h, 4w] in [-1, 1].
+    """One step of D (Eq. 2). sr, detached from G, and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    d_loss: a function of the logits of HR and SR. penalty, beyond the paper: a function of SR and
-    HR. Returns {name: scalar}.
+    Beyond the paper: another d_loss; penalty, a function of SR and HR. Returns "discriminator",
+    D's loss, and "d_real" and "d_fake", its mean logits for HR and SR.
     """
     D.requires_grad_(True)
     real = D(hr)                                                  # [N]; two passes, because batch
@@ -256,7 +253,7 @@ def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None)
     if penalty is not None:
         loss = loss + penalty(sr, hr)
     minimize(loss, adam)
-    D.requires_grad_(False)                                       # D is fixed while G learns
+    D.requires_grad_(False)                                       # D is frozen while G learns
     return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
 
@@ -265,16 +262,17 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
     """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
 
     content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
-    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: other losses g_loss
-    of D and SR, and d_loss and penalty of discriminator_step. Returns {name: scalar}.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: g_loss, a function
+    of D and SR in place of Eq. 6; d_loss and penalty, see discriminator_step. Returns what that
+    returns, "loss" (l^SR) and "adversarial" (l_Gen).
     """
     sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
 
     # D learns to tell HR from SR.
     losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
 
-    # G learns to resemble HR in the features phi, and to make D take SR for HR. Eq. 6 stands in for
-    # G's side of Eq. 2, because its gradients do not vanish.
+    # G learns to bring SR closer to HR in the feature maps phi, and to make D take SR for HR. Eq. 6
+    # replaces G's side of Eq. 2, see adversarial_loss.
     l_x = content(sr, hr)                                         # Eq. 5
     l_gen = g_loss(D, sr)                                         # Eq. 6
     l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
@@ -285,7 +283,7 @@ def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=advers
 
 
 def minimize(loss, adam):
-    """One step of Adam down the loss's gradient (Sec. 3.2: beta1 = 0.9; rate 1e-4, then 1e-5)."""
+    """One update by an Adam that the caller made (Sec. 3.2: beta1 = 0.9, learning rate 1e-4)."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -325,9 +323,10 @@ def one_line(error):
 def readable_formats():
     """{ending: Pillow's name of the format}; with HEIC and JPEG XL if their plug-ins are there."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
+        import pillow_heif
+        pillow_heif.register_heif_opener()
     with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_jxl")                    # registers itself
+        import pillow_jxl                                        # noqa: F401; registers itself
     known = Image.registered_extensions()
     return {ending: name for ending, name in known.items() if name in FORMATS}
 
@@ -534,7 +533,7 @@ def to_pixels(sr):
 def weighted_sums(x, taps, dim, stride=1):
     """Sums of len(taps) neighbours along `dim`, weighted by taps, at every stride-th position.
 
-    A product and a sum instead of a convolution, whose factors some libraries round (TF32).
+    Products and a sum, because some libraries round the factors of a convolution (TF32).
     """
     return (x.unfold(dim, len(taps), stride) * taps).sum(-1)
 
@@ -542,7 +541,7 @@ def weighted_sums(x, taps, dim, stride=1):
 def bicubic_taps(scale):
     """The bicubic kernel (Keys 1981, a = -0.5), stretched by scale: 4 scale weights, sum 1.
 
-    They are multiples of powers of two, which float32 holds exactly.
+    They are multiples of a power of two (2^-12 at scale 4), so that float32 holds them exactly.
     """
     distance = (torch.arange(4 * scale) - 2 * scale + 0.5).abs() / scale       # in LR pixels
     near = 1.5 * distance ** 3 - 2.5 * distance ** 2 + 1                       # from 0 to 1
@@ -551,7 +550,7 @@ def bicubic_taps(scale):
 
 
 def gaussian_taps(scale):
-    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), cut off beyond 3 sigma; sum 1."""
+    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), as far as 3 to 4 sigma; sum 1."""
     n = scale + 2 * (5 * scale // 4)                             # LR pixel and 1.25 on each side
     return gaussian(n, 0.4 * scale)
 
@@ -565,24 +564,24 @@ def gaussian(n, sigma):
 KERNELS = {"bicubic": bicubic_taps, "gaussian": gaussian_taps}   # name: weights for a scale
 
 
-def reach(kernel, scale):
+def kernel_reach(kernel, scale):
     """How far an LR pixel sees beyond its own HR pixels: in HR pixels, on each side."""
     return (len(KERNELS[kernel](scale)) - scale) // 2
 
 
 def downsample(hr, scale=4, kernel="bicubic"):
-    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
+    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale], also in [0, 1].
 
-    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). Like the LR images of Set5, Set14, BSD100
-    and Urban100, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits (half
-    up), then horizontally; pixels outside the image repeat its border. Raises ValueError unless
-    H and W are multiples of scale.
+    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). As the LR images of Set5, Set14, BSD100 and
+    Urban100 were made, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits
+    (half up), then horizontally and rounded again; pixels outside the image repeat its border.
+    Raises ValueError unless H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
     taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
-    border = [reach(kernel, scale)] * 4
+    border = [kernel_reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
     for dim in (2, 3):                                           # exact at every scale
@@ -848,7 +847,7 @@ class Patches(torch.utils.data.Dataset):
         self.scale = scale
         self.kernel = kernel
         self.crop_margin = crop_margin
-        self.margin = math.ceil(reach(kernel, scale) / scale)    # in LR pixels, see `reach`
+        self.margin = math.ceil(kernel_reach(kernel, scale) / scale)  # in LR pixels
         self.window = patch_size + 2 * self.margin * scale       # in HR pixels
         self.usable = np.arange(len(hr.paths))
         if hr.pixels is not None:                                # otherwise it shows when decoded
@@ -1209,41 +1208,83 @@ TILE = 1448                              # LR pixels per side: 2 megapixels take
 PART = 128                               # LR pixels per side that are enlarged together
 
 
+# The slices of a tile, and what it sees: itself and the overlap.
+Area = namedtuple("Area", "rows columns seen_rows seen_columns")
+
+
 def radii(generator):
     """How far an SR pixel sees, in LR pixels: (through all of G, through what follows the skip)."""
-    def reach(network):                                          # a k x k kernel adds k // 2
-        return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
-    scale = generator.arch["scale"]
-    enlarging = sum(reach(layer) / 2 ** (i // 3) for i, layer in enumerate(generator.upsample))
-    enlarging = math.ceil(enlarging + reach(generator.tail) / scale)
-    before = sum(map(reach, (generator.head, generator.blocks, generator.fuse)))
+    before = radius(generator.head, generator.blocks, generator.fuse)
+    enlarging = radius(generator.upsample, generator.tail)
     return before + enlarging, enlarging
 
 
+def radius(*networks):
+    """How far a pixel behind these networks sees, in pixels of their input, rounded up."""
+    pixels = 0
+    size = 1                                                     # of a pixel, halved by a shuffle
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                pixels += module.kernel_size[0] // 2 * size      # a k x k kernel sees k // 2
+            elif isinstance(module, nn.PixelShuffle):
+                size /= module.upscale_factor
+    return math.ceil(pixels)
+
+
 def spans(length, side, overlap):
-    """Even parts of a length, each at most `side`: [(start, end, both with the overlap)]."""
-    ends = np.linspace(0, length, math.ceil(length / side) + 1).astype(int).tolist()
-    return [(a, b, max(a - overlap, 0), min(b + overlap, length)) for a, b in zip(ends, ends[1:])]
+    """Cut a length into even parts of at most `side`: [(part, part with the overlap)], slices."""
+    count = math.ceil(length / side)
+    ends = [length * i // count for i in range(count + 1)]
+    parts = []
+    for start, end in zip(ends, ends[1:]):
+        seen = slice(max(start - overlap, 0), min(end + overlap, length))
+        parts.append((slice(start, end), seen))
+    return parts
 
 
-def fill_in_tiles(result, function, x, side, overlap):
-    """result = function(x), tile by tile: [..., h, w] -> [..., scale h, scale w]."""
-    s = result.shape[-1] // x.shape[-1]
-    for top, bottom, t, b in spans(x.shape[-2], side, overlap):
-        for left, right, l, r in spans(x.shape[-1], side, overlap):
-            tile = function(x[..., t:b, l:r])
-            result[..., top * s:bottom * s, left * s:right * s] = \
-                tile[..., (top - t) * s:(bottom - t) * s, (left - l) * s:(right - l) * s]
-    return result
+def cut(height, width, side, overlap):
+    """Cut an area into even tiles of at most side x side: a list of `Area`."""
+    areas = []
+    for rows, seen_rows in spans(height, side, overlap):
+        for columns, seen_columns in spans(width, side, overlap):
+            areas.append(Area(rows, columns, seen_rows, seen_columns))
+    return areas
 
 
-def self_ensemble(function, lr):
-    """The mean of function(lr) over the eight flips and rotations of LR, each undone in SR."""
+def paste(result, sr, area):
+    """Copy SR of a tile, without its overlap, to its place in the result: [..., H, W] both."""
+    scale = sr.shape[-1] // (area.seen_columns.stop - area.seen_columns.start)
+    top = (area.rows.start - area.seen_rows.start) * scale
+    left = (area.columns.start - area.seen_columns.start) * scale
+    place = result[..., area.rows.start * scale:area.rows.stop * scale,
+                   area.columns.start * scale:area.columns.stop * scale]
+    height, width = place.shape[-2:]
+    place.copy_(sr[..., top:top + height, left:left + width])
+
+
+def super_resolve(generator, lr, bar):
+    """G, whose last layers see one part of LR after the other: [1, 3, h, w] -> [1, 3, H, W]."""
+    height, width = lr.shape[2:]
+    scale = generator.arch["scale"]
+    sr = lr.new_empty(1, 3, scale * height, scale * width)
+    maps = features(generator, lr)                               # [1, 64, h, w]
+    overlap = radii(generator)[1]
+    for part in cut(height, width, PART, overlap):
+        seen = maps[..., part.seen_rows, part.seen_columns]
+        paste(sr, enlarge(generator, seen), part)
+        bar.update()
+    return sr
+
+
+def self_ensemble(generator, lr, bar):
+    """The mean of SR over the eight flips and rotations of LR, each undone in SR."""
     total = 0
     for turns in range(4):
         for flipped in (False, True):
-            x = torch.rot90(lr.flip(3) if flipped else lr, turns, (2, 3))
-            sr = torch.rot90(function(x), -turns, (2, 3))
+            view = lr.flip(3) if flipped else lr
+            sr = super_resolve(generator, torch.rot90(view, turns, (2, 3)), bar)
+            sr = torch.rot90(sr, -turns, (2, 3))
             total = total + (sr.flip(3) if flipped else sr)
     return total / 8
 
@@ -1260,38 +1301,63 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
-    (h, w, _), scale, (radius, part_radius) = image.shape, generator.arch["scale"], radii(generator)
-    device, bf16 = next(generator.parameters()).device, precision == "bf16"
-    tile = TILE * 4 // max(4, scale) if tile is None else tile or max(h, w)
-    rows, columns = (sum(len(spans(end - start, PART, 0))        # of parts, in all tiles
-                         for *_, start, end in spans(side, tile, radius)) for side in (h, w))
 
-    def enlarge_part(x):
-        bar.update()
-        return enlarge(generator, x)
+    # Cut the image into tiles that overlap as far as the network sees.
+    height, width, _ = image.shape
+    scale = generator.arch["scale"]
+    if tile is None:
+        side = TILE * 4 // max(4, scale)
+    else:
+        side = tile or max(height, width)
+    areas = cut(height, width, side, radii(generator)[0])
 
-    def super_resolve(lr):                                       # [1, 3, h, w] of one tile
-        sr = lr.new_empty(1, 3, scale * lr.shape[2], scale * lr.shape[3])
-        return fill_in_tiles(sr, enlarge_part, features(generator, lr), PART, part_radius)
+    # The progress bar counts the parts of all tiles, eight times for an ensemble.
+    parts = 0
+    for area in areas:
+        seen = image[area.seen_rows, area.seen_columns]
+        parts += len(cut(len(seen), len(seen[0]), PART, 0))
+    method = super_resolve
+    if ensemble:
+        method = self_ensemble
+        parts *= 8
 
-    def compute(pixels):                                         # uint8 [3, h, w] of one tile
-        lr = (pixels[None].to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), \
-                torch.backends.cudnn.flags(enabled=True, allow_tf32=bf16):
-            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
-        return to_pixels(sr)[0].movedim(-1, 0)
-
-    lr = torch.from_numpy(image.copy()).movedim(-1, 0)           # [3, h, w]
-    result = torch.empty(h * scale, w * scale, 3, dtype=torch.uint8)
-    with tqdm(total=rows * columns * (8 if ensemble else 1), unit="part", leave=False,
-              disable=not progress) as bar:
-        try:
-            fill_in_tiles(result.movedim(-1, 0), compute, lr, tile, radius)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError("out of memory; use smaller tiles") from None
+    # Super-resolve one tile after the other.
+    device = next(generator.parameters()).device
+    try:
+        result = torch.empty(height * scale, width * scale, 3, dtype=torch.uint8)
+        with tqdm(total=parts, unit="part", leave=False, disable=not progress) as bar, \
+                arithmetic(device, precision):
+            for area in areas:
+                seen = image[area.seen_rows, area.seen_columns].copy()       # [h, w, 3]
+                lr = to_tensor(torch.from_numpy(seen).to(device))[None]
+                lr = lr.contiguous(memory_format=torch.channels_last)
+                pixels = to_pixels(method(generator, lr, bar))[0]            # [H, W, 3]
+                paste(result.movedim(-1, 0), pixels.movedim(-1, 0), area)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError("out of memory; use smaller tiles") from None
     return result.numpy()
+
+
+@contextlib.contextmanager
+def arithmetic(device, precision):
+    """Compute in bf16, or in fp32 without TF32. The program's own settings come back afterwards."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    elif device.type != "cuda":
+        yield
+    elif hasattr(torch.backends.cudnn, "conv"):                  # since torch 2.9
+        before = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = before
+    else:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
 
 
 def is_out_of_memory(error):
@@ -1302,8 +1368,9 @@ def is_out_of_memory(error):
 
 
 # ==================================================================================================
-# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the result of
-#    training, the moving average of G's weights; "arch": G's arguments; and what train.py adds.
+# 7. Checkpoints, other files, and how a script starts. A checkpoint is a dictionary of tensors,
+#    numbers and strings. "generator": the result of training, the moving average of G's weights;
+#    "arch": G's arguments; and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1317,7 +1384,10 @@ def float_state(network):
 
 @torch.no_grad()
 def ema_(average, current, decay):
-    """average = decay * average + (1 - decay) * current, in place; both are float_state lists."""
+    """Exponential moving average: average = decay * average + (1 - decay) * current, in place.
+
+    Both are lists of tensors, from float_state.
+    """
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
@@ -1543,7 +1613,8 @@ def start_as_nearest(generator):
     """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
     Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
-    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937). With tanh=True,
+    [0, 1] becomes [-0.85, 0.85], as tanh(2.5 x - 1.25) is near 2 x - 1.
     """
     # The first three maps are R, G and B.
     nn.init.dirac_(generator.head[0].weight[:3])
@@ -1561,7 +1632,7 @@ def start_as_nearest(generator):
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
 
-    # tanh(2.5 x - 1.25) is near 2 x - 1, which takes [0, 1] to [-1, 1].
+    # The Tanh of 2.5 x - 1.25.
     nn.init.dirac_(generator.tail.weight).mul_(2.5)
     generator.tail.bias.fill_(-1.25)
 
@@ -1647,7 +1718,10 @@ PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
 
 
 def content_losses(pixel_loss="mse", phi=None, scale=4):
-    """{name: function of SR and HR}: what l_X of Eq. 3 can consist of; setting <name>_weight."""
+    """{name: function of SR and HR}: the terms that l_X of Eq. 3 can consist of.
+
+    The setting <name>_weight weighs each. A new term is a row here and a setting in config.json.
+    """
     return {
         "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
         "content": functools.partial(content_loss, phi),         # Eq. 5
@@ -1676,25 +1750,26 @@ class WeightedSum:
 
 
 def wasserstein_g_loss(D, sr):
-    """G's side of Gulrajani et al. 2017, Eq. 3. D is a critic: it returns scores. -> scalar"""
+    """G's side of Gulrajani et al. 2017, Eq. 2. D is a critic: it returns scores. -> scalar"""
     return -D(sr).mean()
 
 
 def wasserstein_d_loss(real, fake):
-    """The critic's side of Gulrajani et al. 2017, Eq. 3. Scores [N] -> scalar"""
+    """The critic's loss of Gulrajani et al. 2017, Eq. 3, but for its penalty. Scores -> scalar"""
     return fake.mean() - real.mean()
 
 
 def relativistic_g_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR should look more real than the average HR, and
-    HR less real than the average SR. -> scalar"""
+    """G's loss of the relativistic average GAN (Jolicoeur-Martineau 2018), Wang et al. 2018, Eq. 2:
+    SR should look more real than the average HR, and HR less real than the average SR. -> scalar"""
     fake = D(sr)
     real = D(hr)
     return discriminator_loss(fake - real.mean(), real - fake.mean())
 
 
 def relativistic_d_loss(real, fake):
-    """Wang et al. 2018, Eq. 1: the opposite. Logits [N] -> scalar"""
+    """D's loss, Eq. 1: HR should look more real than the average SR, and SR less real than the
+    average HR. Logits [N] -> scalar"""
     return discriminator_loss(real - fake.mean(), fake - real.mean())
 
 
@@ -1742,11 +1817,10 @@ class Fast(nn.Module):
 
     def __init__(self, network, precision="fp32"):
         super().__init__()
-        self.network, self.precision = network, precision
+        self.network = network
+        self.precision = precision
         for module in network.modules():
-            if type(module) is nn.PReLU:
-                module.__class__ = FastPReLU
-            elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+            if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
                 module.inplace = True
         if isinstance(network, ContentNetwork) and precision == "bf16":
             network.features.bfloat16()                          # once, not at each call
@@ -1769,68 +1843,155 @@ def enlarge(generator, x):
 
     PReLU treats each value by itself, so the last shuffle can move behind it, and behind the tail.
     """
-    *layers, _, activation = generator.upsample
-    for layer in layers:
-        x = layer(x)                                             # [N, 256, 2h, 2w]
-    return generator.output(conv_of_shuffled(activation(x), generator.tail).float())
+    if isinstance(generator.tail, nn.Conv2d):                    # as drawn in Fig. 4
+        *layers, shuffle, activation = generator.upsample
+        for layer in layers:
+            x = layer(x)                                         # [N, 256, 2h, 2w]
+        weight, bias, padding = rearranged(generator.tail)
+        x = shuffle(F.conv2d(activation(x), weight, bias, padding=padding))
+    else:                                                        # by optimize_for_inference
+        x = generator.tail(generator.upsample(x))
+    return generator.output(x.float())
 
 
-def conv_of_shuffled(x, conv, r=2):
-    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, rh, rw].
+def rearranged(conv, r=2):
+    """(weight, bias, padding) of the convolution that computes conv(F.pixel_shuffle(x, r)) before
+    the shuffle: [N, c r^2, h, w] -> [N, n r^2, h, w].
 
     An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
     pixels around it. So k x k weights for c maps, shifted by the position and unshuffled, become
     weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12 maps, after which
     3 large maps are shuffled instead of 64.
     """
-    k, p = conv.kernel_size[0], conv.padding[0]
+    k = conv.kernel_size[0]
+    p = conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
     side = r * (2 * reach + 1)                                   # 9x9 weights shift in 10x10
     shifts = range(r * reach - p, r * reach - p + r)
-    shifted = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
-               for top in shifts for left in shifts]             # [3, 64, 10, 10] each
+    shifted = []
+    for top in shifts:
+        for left in shifts:
+            margins = (left, side - k - left, top, side - k - top)
+            shifted.append(F.pad(conv.weight, margins))          # [3, 64, 10, 10]
     weight = F.pixel_unshuffle(torch.stack(shifted, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = conv.bias.repeat_interleave(r * r)
-    return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
-
-
-class FastPReLU(nn.PReLU):
-    """PReLU with one slope; on the CPU its gradient takes half as long as torch's."""
-
-    def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return PReLUFunction.apply(x, self.weight)
-        return super().forward(x)
-
-
-class PReLUFunction(torch.autograd.Function):
-    """max(0, x) + a min(0, x), and its gradients with respect to x and a."""
-
-    @staticmethod
-    def forward(ctx, x, a):
-        ctx.save_for_backward(x, a)
-        return F.leaky_relu(x, a.item())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, a = ctx.saved_tensors
-        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)
-        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
+    return weight, conv.bias.repeat_interleave(r * r), reach
 
 
 def optimize_for_inference(generator):
-    """A copy that computes the same, with BN folded into the convolutions, PReLU as LeakyReLU."""
+    """A frozen copy that computes the same, faster.
+
+    BN is folded into the convolutions, PReLU and sums are computed with them, and the tail is
+    rearranged. The copy's forward() is fast, too, and so is what is exported from it.
+    """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    for layers in (generator.head, generator.fuse, generator.upsample,
-                   *[block.body for block in generator.blocks]):
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[i - 1] = nn.utils.fuse_conv_bn_eval(layers[i - 1], layer)
-                layers[i] = nn.Identity()
-            elif isinstance(layer, nn.PReLU):
-                layers[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+    generator.head = fuse(generator.head)
+    generator.fuse = fuse(generator.fuse)
+    for i, block in enumerate(generator.blocks):
+        if isinstance(block, ResidualBlock):
+            generator.blocks[i] = FusedResidualBlock(block)
+
+    # The last shuffle moves behind the tail.
+    layers = fuse(generator.upsample)
+    weight, bias, padding = rearranged(generator.tail)
+    tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
+    tail.weight = nn.Parameter(weight, requires_grad=False)
+    tail.bias = nn.Parameter(bias, requires_grad=False)
+    generator.upsample = layers[:-1]
+    generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
     return generator
+
+
+def fuse(layers):
+    """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
+    fused = nn.Sequential()
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            conv = FusedConv(layer)
+            fused.append(conv)
+        elif isinstance(layer, nn.BatchNorm2d):
+            conv.conv = nn.utils.fuse_conv_bn_eval(conv.conv, layer)
+        elif isinstance(layer, nn.PReLU):
+            conv.slope = layer.weight.item()                     # before a shuffle is as good
+        else:
+            fused.append(layer)
+    return fused
+
+
+class FusedResidualBlock(nn.Module):
+    """ResidualBlock as two fused convolutions."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.second = fuse(block.body)
+
+    def forward(self, x):
+        return self.second(self.first(x), plus=x)
+
+
+class FusedConv(nn.Module):
+    """A frozen convolution and what follows it: a LeakyReLU of this slope, or a sum.
+
+    On a CPU, oneDNN computes both in one pass, from weights that are packed once. torch has this
+    for torch.compile only, in private operators. Where they are missing or refuse, torch computes
+    one after the other, with the same result.
+    """
+
+    def __init__(self, conv, slope=None):
+        super().__init__()
+        self.conv = conv
+        self.slope = slope
+        self.packed = {}                                         # {dtype: (weight, bias)}
+
+    def forward(self, x, plus=None):
+        """LeakyReLU(conv(x)), or conv(x) + plus."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        if self.may_fuse(x, dtype):
+            try:
+                return self.fused(x, plus, dtype)
+            except (AttributeError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                self.packed[dtype] = None                        # never again
+        x = self.conv(x)
+        if self.slope is not None:
+            x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
+        if plus is not None:
+            x = plus + x
+        return x
+
+    def may_fuse(self, x, dtype):
+        """Whether the private operators may serve: they have no gradients and no exported form.
+
+        torch computes small inputs without oneDNN; so does this, for the same rounding.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" and x.numel() > 20480 and self.packed.get(dtype, True)
+
+    def fused(self, x, plus, dtype):
+        conv = self.conv
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        if dtype not in self.packed:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(dtype), *geometry)
+            bias = None if conv.bias is None else conv.bias.to(dtype)
+            self.packed[dtype] = (weight, bias)
+        layer = (*self.packed[dtype], *geometry)
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        x = x.to(dtype)
+        if plus is not None:
+            return convolution.binary(x, plus.to(dtype), *layer, "add", 1.0, None, [], None)
+        if self.slope is not None:
+            return convolution(x, *layer, "leaky_relu", [self.slope], "")
+        return convolution(x, *layer, "none", [], "")
+
+    def __getstate__(self):
+        """For copies and pickles: packed weights can be neither copied nor saved."""
+        return {**self.__dict__, "packed": {}}
 
 
 def pick_device(name="auto"):
@@ -1850,16 +2011,24 @@ def pick_precision(device, name="auto"):
     if name != "auto":
         return name
 
-    def seconds(dtype):
-        x, conv = (thing.to(device, dtype, memory_format=torch.channels_last)
-                   for thing in (torch.zeros(4, 64, 64, 64), nn.Conv2d(64, 64, 3, padding=1)))
-        with torch.inference_mode():                             # item() waits for the device
-            return min(timeit.repeat(lambda: conv(x)[0, 0, 0, 0].item(), number=1, repeat=8,
-                                     timer=time.perf_counter))
     try:
-        return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+        faster = time_convolution(device, torch.bfloat16) < time_convolution(device, torch.float32)
     except RuntimeError:                                         # no bf16
         return "fp32"
+    return "bf16" if faster else "fp32"
+
+
+@torch.inference_mode()
+def time_convolution(device, dtype):
+    """How many seconds a small convolution takes in this dtype: the shortest of eight times."""
+    x = torch.zeros(4, 64, 64, 64).to(device, dtype, memory_format=torch.channels_last)
+    conv = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        conv(x)[0, 0, 0, 0].item()                               # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def demonstrate():
@@ -1876,10 +2045,13 @@ def demonstrate():
     print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
 
     losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
-    print("one step of SRResNet: " + describe_losses(losses))
+    print("a step of SRResNet: " + describe_losses(losses))
+
+    # D's loss is near 2 log 2, as D has learnt nothing yet. G's adversarial loss is large, because
+    # it is computed by the D that has just learnt from this very batch.
     vgg_loss = functools.partial(content_loss, phi)
     losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
-    print("one step of SRGAN: " + describe_losses(losses))
+    print("a step of SRGAN: " + describe_losses(losses))
 
 
 def count_parameters(network):

@@ -459,11 +459,13 @@ def test_no_output_is_written_into_an_input(run, options):
     assert before == {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
 
 
-def test_a_folder_as_the_json_file_is_refused_before_anything_is_measured(run):
+@pytest.mark.parametrize("output", ["folder", "/dev/null"])
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_an_output_that_is_no_file_is_refused_before_anything_is_measured(run, option, output):
     """check_outputs."""
     Path("folder").mkdir()
-    status, out, err = run("--data", "set", "--json", "folder")
-    assert status == 2 and out == "" and "folder is a folder; name a file" in err
+    status, out, err = run("--data", "set", option, output)
+    assert status == 2 and out == "" and f"{output} is not a file; choose another name" in err
 
 
 # What a user can cause

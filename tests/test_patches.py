@@ -55,8 +55,8 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("scale", srgan.SCALES)
 @pytest.mark.parametrize("kernel", [*srgan.KERNELS, "wide"])
 def test_an_lr_pixel_sees_no_further_than_its_kernels_reach(wide, kernel, scale):
-    """reach and downsample, of each row of KERNELS: pixels beyond it may have any value."""
-    reach = srgan.reach(kernel, scale)
+    """kernel_reach and downsample, of each row of KERNELS: pixels beyond it may have any value."""
+    reach = srgan.kernel_reach(kernel, scale)
     hr = torch.randint(256, (1, 3, 13 * scale, 13 * scale)) / 255
     other = torch.randint(256, hr.shape) / 255
     start = 6 * scale - reach
@@ -71,7 +71,7 @@ def test_an_lr_pixel_sees_no_further_than_its_kernels_reach(wide, kernel, scale)
 def test_a_kernels_weights_lie_evenly_around_an_lr_pixel_and_add_up_to_1(wide, kernel, scale):
     """KERNELS: bicubic_taps, gaussian_taps."""
     taps = srgan.KERNELS[kernel](scale).double()
-    assert len(taps) == scale + 2 * srgan.reach(kernel, scale)
+    assert len(taps) == scale + 2 * srgan.kernel_reach(kernel, scale)
     assert torch.equal(taps, taps.flip(0))
     assert taps.sum().item() == pytest.approx(1, abs=1e-9)
 

@@ -791,12 +791,16 @@ def of_each_rank(run, tmp_path, monkeypatch):
 
 def test_two_processes_learn_as_one_from_the_mean_of_their_gradients_and_one_can_resume(
         run, of_each_rank, photos, start, gan):
-    """average_gradients, set_up_process, any_process."""
+    """average_gradients, set_up_process, any_process.
+
+    With as many threads as here, so that float32 is rounded alike.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          ROOT / "train.py", "--data", photos, "--val", photos / "p0.png", "--stage", "gan", *SMALL,
          "--init", start, "--epochs", "1", "--steps-per-epoch", "1", *TWO],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("starting from") == 1               # only rank 0 prints
     found = latest(gan)["training"]
@@ -804,8 +808,9 @@ def test_two_processes_learn_as_one_from_the_mean_of_their_gradients_and_one_can
         for i, state in found[adam].items():
             a = of_each_rank[0][adam][i]["exp_avg"]
             b = of_each_rank[1][adam][i]["exp_avg"]
-            assert torch.allclose(state["exp_avg"], (a + b) / 2, rtol=1e-3, atol=1e-7)
-            assert not torch.allclose(a, b, rtol=1e-3, atol=1e-7)
+            difference = (a - b).abs().max()
+            assert (state["exp_avg"] - (a + b) / 2).abs().max() <= 0.01 * difference
+            assert difference > 0.05 * a.abs().max()
     run("gan", "--resume", epochs=2, steps=1)
     assert latest(gan)["step"] == 2
 
