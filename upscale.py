@@ -145,6 +145,7 @@ def plan(args):
 
     # An input is known by its name and, as it may have several, by what the disk calls it.
     inputs = set()
+    Image.init()                                     # fills Image.SAVE
     for source, _ in jobs:
         inputs.add(key(os.path.realpath(source)))
         inputs.add(identity(source))

@@ -7,7 +7,7 @@
 # and high bytes alternate along each row, and the second half of each plane is never read.
 # What makes it hard to notice: the same pixels open correctly in 8 bits plane by plane, in 16 bits
 # pixel by pixel, and in 16 bits plane by plane once they are compressed. Only the simplest
-# combination fails. tifffile, which wrote the files, and libtiff read all four.
+# combination fails. tifffile, which wrote the files, reads all four.
 #
 # Seen with Pillow 13.0.0 and tifffile 2025.5.10 on a ramp (the largest error, of 255):
 #   8 bits, plane by plane, uncompressed:      0

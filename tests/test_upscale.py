@@ -410,6 +410,14 @@ def test_the_longest_side_of_a_format_is_known_before_the_work(tmp_path):
         assert upscale.decode(tmp_path / "a.png", tmp_path / out, 4).size == (side - 1, 1)
 
 
+def test_a_fresh_process_writes_other_formats_than_png(ckpt, tmp_path):
+    """upscale.main, in a process in which Pillow has not loaded its plug-ins yet."""
+    RGB.save(tmp_path / "a.png")
+    command = [sys.executable, ROOT / "upscale.py", "a.png", "out.tif", "--ckpt", ckpt]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert Image.open(tmp_path / "out.tif").size == (120, 80)
+
+
 def test_a_line_says_name_size_and_precision_and_a_terminal_shows_a_bar(up, monkeypatch):
     RGB.save("a.png")
     status, out, err = up("a.png", "b.png")
