@@ -334,6 +334,8 @@ def test_names_that_differ_in_case_collide_where_the_disk_says_so(up, monkeypatc
     assert written("fat") == ["IMG_1.jpg.png", "img_1.png.png"]
     save_in("deep/IMG_1.png", "deep/sub/x.png")
     assert "would both become" in up("in/img_1.png", "in/deep/IMG_1.png", "both/")[2]
+    for output in ("in/IMG_1.PNG", "IN/"):
+        assert "never overwritten" in up("in/img_1.png", output, "--overwrite")[2]
 
 
 def test_whether_a_disk_ignores_case_is_asked_in_the_folder_or_above_it(tmp_path, monkeypatch):
@@ -408,6 +410,14 @@ def test_the_longest_side_of_a_format_is_known_before_the_work(tmp_path):
         assert upscale.decode(tmp_path / "a.png", tmp_path / out, 4).size == (side - 1, 1)
 
 
+def test_a_fresh_process_writes_other_formats_than_png(ckpt, tmp_path):
+    """upscale.main, in a process in which Pillow has not loaded its plug-ins yet."""
+    RGB.save(tmp_path / "a.png")
+    command = [sys.executable, ROOT / "upscale.py", "a.png", "out.tif", "--ckpt", ckpt]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert Image.open(tmp_path / "out.tif").size == (120, 80)
+
+
 def test_a_line_says_name_size_and_precision_and_a_terminal_shows_a_bar(up, monkeypatch):
     RGB.save("a.png")
     status, out, err = up("a.png", "b.png")
@@ -480,8 +490,8 @@ def test_the_readmes_video_recipe_keeps_colours_shape_speed_and_sound(tmp_path):
     run("ffmpeg -f lavfi -i color=0x00ff00:s=44x34:r=30:d=0.1 -f lavfi -i sine=d=0.1 -c:v libx264"
         " -qp 0 -pix_fmt yuv444p -vf scale=out_color_matrix=bt709,setparams=colorspace=bt709,"
         "setsar=15/11 -c:a pcm_s16le -f mov in.mp4")
-    recipe = (ROOT / "README.md").read_text("utf-8").split("**A video**")[1].split("```")[1]
-    run(recipe.removeprefix("bash"))
+    section = (ROOT / "README.md").read_text("utf-8").split("A video is enlarged")[1]
+    run(section.split("```bash")[1].split("# Before all this")[0])
     facts = run("ffprobe -v error -of json -show_streams out.mp4")
     video, sound = json.loads(facts)["streams"]
     assert (video["width"], video["height"]) == (4 * 60, 4 * 34) and video["nb_frames"] == "3"
