@@ -4,21 +4,21 @@ Using a Generative Adversarial Network", CVPR 2017, arXiv:1609.04802.
 The paper
     1. Networks           generator and discriminator                   Sec. 2.1, Fig. 4
     2. Losses             pixel, content, adversarial, perceptual       Sec. 2.2, Eq. 3 to 6
-    3. Training           one update of D and of G, alternating         Eq. 1 and 2, Sec. 3.2
+    3. Training           one step of SRResNet, one step of SRGAN       Eq. 1 and 2, Sec. 3.2
 What surrounds it
     4. Data               open images, make LR from HR, draw patches    Sec. 3.2
     5. Metrics            PSNR, SSIM, LPIPS                             Sec. 3.1
     6. Upscaling          whole images, in tiles that leave no trace
     7. Checkpoints        what train.py writes and every script reads
-    8. Beyond the paper   initialisation, networks, losses, updates
+    8. Beyond the paper   initialisation, networks, losses, penalties
     9. Speed              the same mathematics, computed faster
 
-Sections 1 to 3 are the paper, and say where they add to it. Symbols: G, D, LR, HR, SR = G(LR).
-
-Images are RGB. Tensors are float32 [N, 3, height, width]; LR is in [0, 1], HR and SR are in
-[-1, 1] (Sec. 3.2). Outside of tensors, images are uint8 arrays [height, width, 3].
+Sections 1 to 3 follow the paper; every addition is marked. G and D are the generator and the
+discriminator, LR is a low-resolution image, HR the original that it was made from, and SR = G(LR)
+the generator's estimate of HR. Tensors are float32 [N, 3, height, width], RGB: LR [N, 3, h, w] in
+[0, 1], HR and SR [N, 3, H, W] in [-1, 1] (Sec. 3.2). Other images are uint8 arrays [h, w, 3].
+`python srgan.py` builds both networks and takes a step of each stage on random patches.
 """
-# Sections 1 to 3 need only torch and math; the rest serves what surrounds them.
 import contextlib
 import copy
 import functools
@@ -32,17 +32,16 @@ import shutil
 import signal
 import sys
 import time
-import timeit
 import warnings
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock  # comes with torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from filelock import FileLock
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -58,7 +57,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, n=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN has the bias
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1; BN adds a bias
             nn.BatchNorm2d(n),
             nn.PReLU(),                                           # one slope for all maps
             nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
@@ -69,24 +68,30 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], as HR in [-1, 1].
 
-    1,547,350 parameters at scale 4; `scale` is 2, 4 or 8. tanh: whether SR is kept in [-1, 1] by a
-    Tanh, which the paper does not mention and nearly every implementation has.
+                                                     k3n64s1, BN
+        LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
+             k9n64s1,  │                                    │     k3n256s1,           k9n3s1
+             PReLU     └───────────── long skip ────────────┘     shuffle, PReLU
+
+    scale: the paper's r, 2, 4 or 8. channels: n64. n_blocks: the paper's B. 1,547,350 parameters.
+    tanh, beyond the paper: end with a Tanh, which keeps SR in [-1, 1], as most programs do.
     """
-    block = "residual"                                            # its name in section 8's table
+    block = "residual"                                            # its name in GENERATORS (sec. 8)
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__()
         self.arch = {"scale": scale, "channels": channels, "n_blocks": n_blocks, "tanh": tanh,
-                     "block": self.block}                         # saved with the weights
+                     "block": self.block}                         # saved with the weights (sec. 7)
         n = channels
         self.head = nn.Sequential(
             nn.Conv2d(3, n, 9, padding=4), nn.PReLU())            # k9n64s1, PReLU
         self.blocks = nn.Sequential(
             *[ResidualBlock(n) for _ in range(n_blocks)])         # B residual blocks
         self.fuse = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1, bias=False), nn.BatchNorm2d(n))       # k3n64s1, BN
+            nn.Conv2d(n, n, 3, padding=1, bias=False),            # k3n64s1
+            nn.BatchNorm2d(n))
         self.upsample = nn.Sequential()
         for _ in range(int(math.log2(scale))):
             self.upsample.extend([
@@ -98,37 +103,40 @@ class Generator(nn.Module):
         x = self.head(lr)                                         # [N, 64, h, w]
         x = x + self.fuse(self.blocks(x))                         # [N, 64, h, w], long skip
         x = self.upsample(x)                                      # [N, 64, 4h, 4w]
-        return self.output(self.tail(x))                          # [N, 3, 4h, 4w] in [-1, 1]
+        return self.output(self.tail(x))                          # [N, 3, 4h, 4w]
 
 
 class Discriminator(nn.Module):
-    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. Its sigmoid is part of the losses.
+    """D, Fig. 4 bottom: [N, 3, H, W] in [-1, 1] -> logits [N]. The losses apply its sigmoid.
 
-    Built for one patch_size: at 96, the dense layers see 512 x 6 x 6 = 18,432 features. Beyond the
-    paper (section 8) are other `channels`, a `first_kernel` that is not 3, norm="instance", and
-    `pool`, which averages the features to pool x pool positions so that any patch size fits.
+    patch_size: H and W; the dense layer fits no other size. 23,563,649 parameters at 96.
     """
 
-    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
-                 first_kernel=3, norm="batch", pool=0):
+    def __init__(self, patch_size=96):
         super().__init__()
-        layers = [nn.Conv2d(3, channels[0], first_kernel, padding=first_kernel // 2),
-                  nn.LeakyReLU(0.2)]                              # k3n64s1, LeakyReLU
-        for i, (n_in, n) in enumerate(zip(channels, channels[1:])):
-            stride = 1 if i % 2 else 2                            # n64s2 n128s1 n128s2 ... n512s2
-            layers += [nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False),
-                       NORMS[norm](n, affine=True), nn.LeakyReLU(0.2)]
-        if pool:
-            layers.append(nn.AdaptiveAvgPool2d(pool))
-        self.features = nn.Sequential(*layers)
-        side = pool or math.ceil(patch_size / 2 ** (len(channels) // 2))       # 96 -> 6
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(0.2),    # k3n64s1
+            discriminator_block(64, 64, stride=2),                # k3n64s2
+            discriminator_block(64, 128, stride=1),               # k3n128s1
+            discriminator_block(128, 128, stride=2),              # k3n128s2
+            discriminator_block(128, 256, stride=1),              # k3n256s1
+            discriminator_block(256, 256, stride=2),              # k3n256s2
+            discriminator_block(256, 512, stride=1),              # k3n512s1
+            discriminator_block(512, 512, stride=2))              # k3n512s2
+        side = math.ceil(patch_size / 16)                         # halved four times: 96 -> 6
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024),         # dense 1024
-            nn.LeakyReLU(0.2), nn.Linear(1024, 1))                             # dense 1
+            nn.Flatten(), nn.Linear(512 * side * side, 1024),     # dense 1024
+            nn.LeakyReLU(0.2), nn.Linear(1024, 1))                # dense 1
 
     def forward(self, x):                                         # [N, 3, 96, 96] in [-1, 1]
         x = self.features(x)                                      # [N, 512, 6, 6]
         return self.classifier(x).squeeze(1)                      # [N]
+
+
+def discriminator_block(n_in, n, stride, norm=nn.BatchNorm2d):
+    """Fig. 4 bottom: a 3x3 convolution, BN, LeakyReLU of slope 0.2. norm: section 8 has others."""
+    conv = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)   # BN adds a bias
+    return nn.Sequential(conv, norm(n, affine=True), nn.LeakyReLU(0.2))
 
 
 # ==================================================================================================
@@ -136,30 +144,27 @@ class Discriminator(nn.Module):
 # ==================================================================================================
 
 def mse_loss(sr, hr):
-    """Eq. 4, l_MSE: mean over pixels of (HR - SR)^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
-
-    The mean includes the three colours, which Eq. 4 does not mention.
-    """
+    """Eq. 4, l_MSE: mean of (HR - SR)^2 over pixels, and colours. [N, 3, H, W] twice -> scalar."""
     return (hr - sr).square().mean()                              # Eq. 4
 
 
 class ContentNetwork(nn.Module):
     """A frozen network's feature maps phi: [N, 3, H, W] in [-1, 1] -> [N, C, h, w].
 
-    Sec. 3.2 scales the feature maps by 1/12.75 and thereby Eq. 5 by its square, about 0.006.
-    The input is normalised as torchvision's networks expect it.
+    Sec. 3.2 scales the feature maps by 1/12.75, so that the VGG loss has the scale of the MSE; this
+    multiplies Eq. 5 by about 0.006. The input is normalised as torchvision's networks expect it.
     """
 
     def __init__(self, features, divisor=12.75):
         super().__init__()
         self.features = features.eval().requires_grad_(False)
+        self.divisor = divisor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.register_buffer("divisor", torch.tensor(divisor).view(1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x):                                         # [N, 3, H, W] in [-1, 1]
         x = ((x + 1) / 2 - self.mean) / self.std
-        return self.features(x) / self.divisor
+        return self.features(x).float() / self.divisor            # float: may be bf16 (section 9)
 
 
 class TruncatedVGG19(ContentNetwork):
@@ -167,122 +172,118 @@ class TruncatedVGG19(ContentNetwork):
 
     layer: "2_2" is the paper's VGG22, "5_4" its VGG54: [N, 3, 96, 96] -> [N, 512, 6, 6].
     weights: "imagenet" (torchvision's, downloaded on first use), a file in torchvision's layout
-    that holds at least the layers needed, or "random" (seeded, for tests). Raises InputError.
-    weights/README.md says which VGG19 the divisor 12.75 suits.
+    that holds at least the layers needed, or "random" (seeded, for tests). divisor: see
+    ContentNetwork; weights/README.md says which VGG19 it suits. Raises InputError (section 4).
     """
     layers = ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "3_4",
               "4_1", "4_2", "4_3", "4_4", "5_1", "5_2", "5_3", "5_4")
 
     def __init__(self, layer="5_4", weights="imagenet", divisor=12.75):
-        modules, n_in = [], 3
+        features = nn.Sequential()
+        n_in = 3
         for name in self.layers[:self.layers.index(layer) + 1]:
             i, j = map(int, name.split("_"))
-            n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512
+            n = min(32 * 2 ** i, 512)                             # 64, 128, 256, 512, 512 maps
             if i > 1 and j == 1:
-                modules.append(nn.MaxPool2d(2))
-            modules += [nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()]
+                features.append(nn.MaxPool2d(2))
+            features.extend([nn.Conv2d(n_in, n, 3, padding=1), nn.ReLU()])
             n_in = n
-        super().__init__(load_features(nn.Sequential(*modules), weights, VGG19_URL), divisor)
+        load_features(features, weights, VGG19_URL)               # section 7
+        super().__init__(features, divisor)
 
 
 def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
-    The mean includes the feature maps, so that a weight means the same for every layer. Eq. 5
-    divides by the number of positions only: summed over the feature maps, it would be 128 times
-    this value for VGG22 and 512 times for VGG54.
+    phi: a ContentNetwork. The mean includes the feature maps, so that a weight means the same for
+    every layer; Eq. 5 sums over them, as a squared distance of vectors: 128 (VGG22), 512 (VGG54).
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
 
-def total_variation(sr):
-    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22 with weight 2e-8. [N, 3, H, W] -> scalar.
+def adversarial_loss(D, sr):
+    """Eq. 6, l_Gen: -log D(SR), the mean over the batch, not its sum. SR [N, 3, H, W] -> scalar.
 
-    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
-    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
-    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    By Eq. 2, G would minimise log(1 - D(SR)), whose gradient vanishes while D recognises SR with
+    confidence (Sec. 2.2.2). Here D returns logits; the paper's D(SR) is their sigmoid.
     """
-    down, right = sr.diff(dim=2), sr.diff(dim=3)
-    return (down.abs().sum() + right.abs().sum()) / len(sr)
+    return -F.logsigmoid(D(sr)).mean()                            # Eq. 6: -log D(SR)
 
 
-def adversarial_loss(D, sr, hr=None):
-    """Eq. 6, l_Gen: -log D(SR), here the mean over the batch instead of its sum. -> scalar
-
-    Eq. 2 would have G minimise log(1 - D(SR)); -log D(SR) has better gradients (Sec. 2.2.2). D
-    returns logits x, and -log(sigmoid(x)) = softplus(-x). Only relativistic losses use `hr`.
-    """
-    return F.softplus(-D(sr)).mean()                              # Eq. 6
-
-
-def perceptual_loss(content, adversarial, weight=1e-3):
-    """Eq. 3, l^SR: content loss (Eq. 4 or 5) and adversarial loss (Eq. 6). Scalars -> scalar."""
-    return content + weight * adversarial                         # Eq. 3
+def perceptual_loss(l_x, l_gen, weight=1e-3):
+    """Eq. 3, l^SR: content loss (Eq. 4, 5) + 10^-3 adversarial loss (Eq. 6). Scalars -> scalar."""
+    return l_x + weight * l_gen                                   # Eq. 3
 
 
 # ==================================================================================================
-# 3. Training. SRResNet minimises a content loss alone: Eq. 1, where l^SR is Eq. 4 (or 5). SRGAN
-#    starts from it and plays the game of Eq. 2, where G minimises the perceptual loss of Eq. 3.
+# 3. Training. Stage 1: SRResNet minimises a content loss alone (Eq. 1). Stage 2: SRGAN starts from
+#    SRResNet; D and G play the game of Eq. 2, in which G minimises the perceptual loss of Eq. 3.
 # ==================================================================================================
 
-def discriminator_loss(fake, real):
-    """D's side of Eq. 2, negated to be minimised: -log D(HR) - log(1 - D(SR)). -> scalar
+def srresnet_step(G, adam, content, lr, hr):
+    """Stage 1: one step of Eq. 1. Update G to reduce l^SR, here a content loss alone.
 
-    Logits [N]: fake = D(SR), real = D(HR); -log(1 - sigmoid(x)) = softplus(x).
+    content: a function of SR and HR; in the paper, Eq. 4.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Returns {"loss": l^SR}.
     """
-    return F.softplus(-real).mean() + F.softplus(fake).mean()     # Eq. 2, max over D
+    sr = G(lr)                                                    # [N, 3, 4h, 4w]
+    l_sr = content(sr, hr)                                        # Eq. 4
+    minimize(l_sr, adam)                                          # Eq. 1
+    return {"loss": l_sr}
 
 
-class Update:
-    """One update of D and then of G (Sec. 3.2 alternates, k = 1); without a D, of G alone.
+def discriminator_loss(real, fake):
+    """D's side of Eq. 2, negated so that it is minimised. real, fake: D's logits of HR, SR, [N].
 
-    content_losses: {name: (weight, function of SR and HR)}; the paper has one, SRResNet-VGG22 two.
-    penalties: the same for D's loss; the paper has none. Section 8 has some, and other adversarial
-    losses. Call it with LR [N, 3, h, w] in [0, 1] and HR [N, 3, 4h, 4w] in [-1, 1]. It returns
-    {name: scalar}: G's losses, unweighted; "loss", their weighted sum; D's loss and mean logits.
+    The paper's D(HR) is sigmoid(real), and its 1 - D(SR) is 1 - sigmoid(fake) = sigmoid(-fake).
     """
+    return -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()  # -log D(HR) - log(1 - D(SR))
 
-    def __init__(self, G, adam_G, content_losses, D=None, adam_D=None, adversarial_weight=1e-3,
-                 adversarial_loss=adversarial_loss, discriminator_loss=discriminator_loss,
-                 penalties=None):
-        self.G, self.adam_G, self.D, self.adam_D = G, adam_G, D, adam_D
-        self.content_losses, self.adversarial_weight = content_losses, adversarial_weight
-        self.adversarial_loss, self.discriminator_loss = adversarial_loss, discriminator_loss
-        self.penalties = penalties or {}
 
-    def __call__(self, lr, hr):                                   # [N, 3, 24, 24], [N, 3, 96, 96]
-        sr = self.G(lr)                                           # [N, 3, 96, 96]
-        if self.D is None:                                        # SRResNet
-            return self.update_generator(sr, hr)
-        return self.update_discriminator(sr.detach(), hr) | self.update_generator(sr, hr)
+def discriminator_step(D, adam, sr, hr, d_loss=discriminator_loss, penalty=None):
+    """One step of D (Eq. 2). sr, detached from G, and hr: [N, 3, 4h, 4w] in [-1, 1].
 
-    def update_discriminator(self, sr, hr):
-        """The max over D of Eq. 2, as the min of its negative."""
-        self.D.requires_grad_(True)
-        real, fake = self.D(hr), self.D(sr)                       # logits [N]
-        loss = self.discriminator_loss(fake, real)                # Eq. 2
-        for weight, penalty in self.penalties.values():
-            loss = loss + weight * penalty(sr, hr)
-        minimize(loss, self.adam_D)
-        self.D.requires_grad_(False)                              # fixed while G learns
-        return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
+    Beyond the paper: another d_loss; penalty, a function of SR and HR. Returns "discriminator",
+    D's loss, and "d_real" and "d_fake", its mean logits for HR and SR.
+    """
+    D.requires_grad_(True)
+    real = D(hr)                                                  # [N]; two passes, because batch
+    fake = D(sr)                                                  # [N]  norm must not mix HR and SR
+    loss = d_loss(real, fake)                                     # Eq. 2, the max over D
+    if penalty is not None:
+        loss = loss + penalty(sr, hr)
+    minimize(loss, adam)
+    D.requires_grad_(False)                                       # D is frozen while G learns
+    return {"discriminator": loss, "d_real": real.mean(), "d_fake": fake.mean()}
 
-    def update_generator(self, sr, hr):
-        """A step towards Eq. 1: theta_G minimises l^SR. Eq. 6 stands in for G's side of Eq. 2."""
-        losses, content = {}, 0
-        for name, (weight, content_loss) in self.content_losses.items():
-            losses[name] = content_loss(sr, hr)                   # Eq. 4 or 5
-            content = content + weight * losses[name]
-        loss = content                                            # SRResNet
-        if self.D is not None:                                    # SRGAN
-            losses["adversarial"] = self.adversarial_loss(self.D, sr, hr)           # Eq. 6
-            loss = perceptual_loss(content, losses["adversarial"], self.adversarial_weight)  # Eq. 3
-        minimize(loss, self.adam_G)                               # Eq. 1
-        return losses | {"loss": loss}
+
+def srgan_step(G, D, adam_G, adam_D, content, lr, hr, weight=1e-3, g_loss=adversarial_loss,
+               d_loss=discriminator_loss, penalty=None):
+    """Stage 2: one step of D, then one step of G against the new D (Sec. 3.2: k = 1).
+
+    content: a function of SR and HR; in the paper, Eq. 5. weight: of the adversarial loss in Eq. 3.
+    lr: [N, 3, h, w] in [0, 1]; hr: [N, 3, 4h, 4w] in [-1, 1]. Beyond the paper: g_loss, a function
+    of D and SR in place of Eq. 6; d_loss and penalty, see discriminator_step. Returns what that
+    returns, "loss" (l^SR) and "adversarial" (l_Gen).
+    """
+    sr = G(lr)                                                    # [N, 3, 4h, 4w], for both steps
+
+    # D learns to tell HR from SR.
+    losses = discriminator_step(D, adam_D, sr.detach(), hr, d_loss, penalty)
+
+    # G learns to bring SR closer to HR in the feature maps phi, and to make D take SR for HR. Eq. 6
+    # replaces G's side of Eq. 2, see adversarial_loss.
+    l_x = content(sr, hr)                                         # Eq. 5
+    l_gen = g_loss(D, sr)                                         # Eq. 6
+    l_sr = perceptual_loss(l_x, l_gen, weight)                    # Eq. 3
+    minimize(l_sr, adam_G)                                        # Eq. 1
+    losses["loss"] = l_sr
+    losses["adversarial"] = l_gen
+    return losses
 
 
 def minimize(loss, adam):
-    """One step of Adam (Sec. 3.2: beta1 = 0.9, rate 1e-4, later 1e-5) down the loss's gradient."""
+    """One update by an Adam that the caller made (Sec. 3.2: beta1 = 0.9, learning rate 1e-4)."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -293,10 +294,14 @@ def minimize(loss, adam):
 # ==================================================================================================
 
 SCALES = (2, 4, 8)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm",
-            ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # not EPS, which runs Ghostscript
-EXIF_KEPT = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}  # texts, Exif IFD, GPS IFD
+# What open_image reads, by Pillow's names: not EPS, PDF and WMF, which start or embed programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF", "JXL",
+           "JPEG2000", "QOI", "PSD", "ICO", "DDS", "TGA")
+INSTALL = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif",
+           ".jxl": "pillow-jxl-plugin", ".avif": "'pillow>=11.3'"}   # what reads these endings
+EXIF_IFDS = (0x8769, 0x8825)                                     # exposure, position
+EXIF_KEPT = (270, 271, 272, 305, 306, 315, 33432, *EXIF_IFDS)    # texts, such as the copyright
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)         # a PNG's cHRM: white, R, G, B
 STORE_LIMIT = 32 * 2 ** 30                                       # bytes; larger data is streamed
 SYMMETRIES = {"none": [0], "flip": [0, 1], "all": list(range(8))}  # bits: see cut_square
 
@@ -314,16 +319,71 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@functools.cache
+def readable_formats():
+    """{ending: Pillow's name of the format}; with HEIC and JPEG XL if their plug-ins are there."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl                                        # noqa: F401; registers itself
+    known = Image.registered_extensions()
+    return {ending: name for ending, name in known.items() if name in FORMATS}
+
+
 def find_images(path):
-    """Sorted paths of the images in a folder and its subfolders, or one file. Raises InputError."""
-    path = Path(path)
-    found = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*")
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    """Sorted paths of the images in a folder and its subfolders, or one file. Raises InputError.
+
+    Links to folders are followed, but each folder is entered once. Hidden files and folders are
+    left out, and @eaDir, which holds thumbnails. A line counts the other files that are skipped.
+    """
+    if os.path.isfile(path):
+        return [Path(path)]
+    found = []
+    skipped = Counter()
+    entered = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        is_hidden = os.path.basename(folder).startswith((".", "@eaDir")) and folder != str(path)
+        if is_hidden or os.path.realpath(folder) in entered:
+            subfolders.clear()
+            continue
+        entered.add(os.path.realpath(folder))
+        for file in [Path(folder, name) for name in names if not name.startswith(".")]:
+            ending = file.suffix.lower()
+            if ending in readable_formats() and file.is_file():
+                found.append(file)
+            elif ending in INSTALL:
+                skipped[f"{ending} (pip install {INSTALL[ending]})"] += 1
+            else:
+                skipped[ending or "without an ending"] += 1
+    if skipped:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+        say(f"{path}: skipped {skipped.total()} files that are no images it can read: {kinds}")
     if not found:
-        raise InputError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})"
-                         if path.is_dir() else f"{path}: no such file or folder")
-    return found
+        problem = "no images in this folder" if entered else "no such file or folder"
+        raise InputError(f"{path}: {problem}")
+    return sorted(found)
+
+
+def identify(file):
+    """PIL.Image.open for FORMATS: an image whose format and size are known, not yet its pixels."""
+    readable_formats()                                           # registers the plug-ins
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def to_srgb(image):
+    """Convert to sRGB by the image's ICC profile: CMYK to "RGB"; "L", "LA", "RGB", "RGBA" stay."""
+    try:
+        profile = io.BytesIO(image.info["icc_profile"])
+        colours = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"),
+                                            outputMode="RGB")
+    except Exception:                                            # no profile, or a broken one
+        colours = image.convert("RGB")
+    if image.mode in ("L", "LA"):
+        colours = colours.convert("L")
+    if image.mode in ("LA", "RGBA"):
+        colours.putalpha(image.getchannel("A"))
+    return colours
 
 
 def to_8_bits(image, raw):
@@ -331,66 +391,126 @@ def to_8_bits(image, raw):
 
     raw: Pillow's name for the pixels in the file; 16-bit grey with alpha has the mode "RGBA".
     """
-    tags = image.tag_v2 if image.format == "TIFF" else {}        # 258: bits; 262: 0 if 0 is white
-    if image.mode == "F" or tags and (image.mode == "I" or tags.get(258) == (12,)):
-        raise InputError("only unsigned 8-bit and 16-bit images can be read; convert it")
+    tags = getattr(image, "tag_v2", {})                          # of a TIFF
+    bits = max(tags.get(258, [8]))
+    kind = {1: "unsigned", 2: "signed"}.get(max(tags.get(339, [1])), "floating-point")
+    if image.mode == "F" or kind != "unsigned" or bits not in (1, 2, 4, 8, 16):
+        raise InputError(f"its pixels are {bits}-bit and {kind}; convert it to 8 bits, unsigned")
+    if bits == 16 and tags.get(262) == 0:
+        raise InputError("its pixels are 16-bit, and 0 is white; convert it to 8 bits")
+    if bits == 16 and tags.get(284) == 2 and tags.get(259) == 1:
+        raise InputError("its 16-bit colours are stored plane by plane; convert it to 8 bits")
     if image.mode.startswith("I"):                               # 16-bit grey: 65535 / 257 = 255
         pixels = np.asarray(image, np.int32)
-        grey = np.uint8((pixels + 128) // 257)
-        grey = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)
+        grey = Image.fromarray(np.uint8((pixels + 128) // 257))
         if "transparency" in image.info:
-            grey.putalpha(Image.fromarray(np.uint8(255 * (pixels != image.info["transparency"]))))
+            visible = pixels != image.info["transparency"]
+            grey.putalpha(Image.fromarray(np.uint8(255 * visible)))
         return grey
     if image.mode == "CMYK":
-        with contextlib.suppress(Exception):                     # no profile, or a broken one
-            from PIL import ImageCms
-            return ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]),
-                                             ImageCms.createProfile("sRGB"), outputMode="RGB")
-    mode = "L" if image.mode in ("1", "L", "LA") or raw == "LA;16B" else "RGB"
-    return image.convert(mode + "A" * image.has_transparency_data)
+        return to_srgb(image)
+    mode = "RGB"
+    if image.mode in ("1", "L", "LA") or raw == "LA;16B":
+        mode = "L"
+    if image.has_transparency_data:
+        mode += "A"
+    return image.convert(mode)
 
 
-def info_to_keep(image):
-    """The ICC profile, DPI and EXIF data (date, camera, position) that the result keeps."""
-    info = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+def upright(exif):
+    """EXIF bytes as they are, but with orientation (tag 274) 1, as the image has been turned."""
+    exif = b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")          # some files lack it
+    little, big = b"\x12\1\3\0\1\0\0\0", b"\1\x12\0\3\0\0\0\1"
+    exif = re.sub(little + b"[^\0]\0", little + b"\1\0", exif, count=1)
+    return re.sub(big + b"\0[^\0]", big + b"\0\1", exif, count=1)
+
+
+def exif_to_rewrite(exif):
+    """Strip a PIL.Image.Exif to EXIF_KEPT, its texts as bytes, for Pillow would write é as "?"."""
+    for tag in {*exif} - {*EXIF_KEPT}:
+        del exif[tag]
+    for tag, value in exif.items():
+        if isinstance(value, str):
+            exif[tag] = value.encode("latin-1")
+    return exif
+
+
+def info_to_keep(image, exif):
+    """What the result keeps: "icc_profile", "dpi", "exif", "xmp", and a PNG's "text".
+
+    exif: the bytes in the file, or None where they are part of it (TIFF) or a text (some PNGs).
+    """
+    info = {"text": {}}
+    for key in ("icc_profile", "dpi", "xmp"):
+        if image.info.get(key):
+            info[key] = image.info[key]
     if image.mode == "CMYK":                                     # has become sRGB
         info.pop("icc_profile", None)
     if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):  # 0/0 in some TIFFs
         del info["dpi"]
     with contextlib.suppress(Exception):                         # broken EXIF raises anything
-        exif, kept = image.getexif(), Image.Exif()
-        for tag in EXIF_KEPT & {*exif}:
-            kept[tag] = exif[tag] if tag < 0x8769 else {
-                key: value for key, value in exif.get_ifd(tag).items()
-                if key not in (37500, 40962, 40963, 40965)}      # maker's notes, old sizes, offsets
-        if len(kept) and len(data := kept.tobytes()) < 65_000:   # JPEG's limit
-            info["exif"] = data
+        if exif:
+            Image.Exif().load(exif)                              # raises it
+            info["exif"] = upright(exif)
+        elif exif_to_rewrite(image.getexif()):
+            info["exif"] = image.getexif().tobytes()
+    for key in ("exif", "xmp"):
+        if len(info.get(key, b"")) > 65_000:                     # JPEG's limit
+            del info[key]
+    for key, text in getattr(image, "text", {}).items():
+        if not key.startswith(("XML:com.adobe.xmp", "Raw profile type")):    # XMP, EXIF ...
+            info["text"][key] = text
     return info
+
+
+def notes_on(image):
+    """Sentences on what is left behind of an image, or may look different."""
+    notes = []
+    with contextlib.suppress(Exception):                         # broken frames raise anything
+        if image.format != "PSD" and getattr(image, "n_frames", 1) > 1 or image.info.get("aux"):
+            notes.append("only its first picture is kept, without other frames, pages, gain maps")
+    is_defined = "icc_profile" in image.info or "srgb" in image.info
+    chromaticity = np.subtract(image.info.get("chromaticity", SRGB), SRGB)
+    gamma = image.info.get("gamma", 1 / 2.2) - 1 / 2.2
+    if not is_defined and max(abs(gamma), *abs(chromaticity)) > 0.02:
+        notes.append("its colours may look different, as gAMA and cHRM are not applied")
+    return notes
 
 
 def open_image(path):
     """Decode an image: a PIL.Image of mode "L", "LA", "RGB" or "RGBA", 8 bits, upright.
 
     EXIF orientation is applied. Palettes become RGB or RGBA, CMYK becomes sRGB by its ICC profile,
-    16 bits become 8, and an animation becomes its first frame. `info` comes from info_to_keep.
-    Raises InputError if the image cannot be read.
+    16 bits become 8, and an animation becomes its first frame. `info` holds what info_to_keep
+    says, "notes" of notes_on, and "lossless". Raises InputError if the image cannot be read.
     """
+    ending = Path(path).suffix.lower()
     try:
         # Not by its path: Pillow would map a plain TIFF into memory and leave it unrotated.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as source:
-            raw = source.tile[0][3] if source.tile else ""
-            source.load()                                        # turns a TIFF upright
-            with contextlib.suppress(Exception):                 # broken EXIF
-                ImageOps.exif_transpose(source, in_place=True)
-            image = to_8_bits(source, raw)
-            image.info = info_to_keep(source)
-            return image
+        with open(path, "rb") as file:
+            with identify(file) as source:
+                notes = notes_on(source)
+                raw = source.tile[0][3] if source.tile else ""
+                source.load()                                    # turns a TIFF upright
+                exif = source.info.get("exif")                   # exif_transpose rewrites it
+                with contextlib.suppress(Exception):             # broken EXIF
+                    ImageOps.exif_transpose(source, in_place=True)
+                image = to_8_bits(source, raw)
+                image.info = info_to_keep(source, exif)
+                image.info["notes"] = notes
+                file.seek(0)
+                image.info["lossless"] = source.format == "WEBP" and b"VP8L" in file.read(2 ** 16)
+                return image
     except Image.DecompressionBombError:
         raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; "
                          "upscale.py accepts it with a higher --max-megapixels") from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: cannot be read as an image (not {', '.join(FORMATS)}, or "
-                         "broken)") from None
+        reason = "its content is of no format that is read"
+        if ending in INSTALL and ending not in readable_formats():
+            reason = f"to read it, pip install {INSTALL[ending]}"
+        elif readable_formats().get(ending) == "TIFF":
+            reason = "a TIFF with other pixels than integers of up to 16 bits; convert it"
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
     except Exception as error:                                   # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
@@ -413,7 +533,7 @@ def to_pixels(sr):
 def weighted_sums(x, taps, dim, stride=1):
     """Sums of len(taps) neighbours along `dim`, weighted by taps, at every stride-th position.
 
-    A product and a sum instead of a convolution, whose factors some libraries round (TF32).
+    Products and a sum, because some libraries round the factors of a convolution (TF32).
     """
     return (x.unfold(dim, len(taps), stride) * taps).sum(-1)
 
@@ -421,7 +541,7 @@ def weighted_sums(x, taps, dim, stride=1):
 def bicubic_taps(scale):
     """The bicubic kernel (Keys 1981, a = -0.5), stretched by scale: 4 scale weights, sum 1.
 
-    They are multiples of powers of two, which float32 holds exactly.
+    They are multiples of a power of two (2^-12 at scale 4), so that float32 holds them exactly.
     """
     distance = (torch.arange(4 * scale) - 2 * scale + 0.5).abs() / scale       # in LR pixels
     near = 1.5 * distance ** 3 - 2.5 * distance ** 2 + 1                       # from 0 to 1
@@ -430,7 +550,7 @@ def bicubic_taps(scale):
 
 
 def gaussian_taps(scale):
-    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), cut off beyond 3 sigma; sum 1."""
+    """A Gaussian of sigma 0.4 scale (Sec. 2 gives no sigma), as far as 3 to 4 sigma; sum 1."""
     n = scale + 2 * (5 * scale // 4)                             # LR pixel and 1.25 on each side
     return gaussian(n, 0.4 * scale)
 
@@ -444,24 +564,24 @@ def gaussian(n, sigma):
 KERNELS = {"bicubic": bicubic_taps, "gaussian": gaussian_taps}   # name: weights for a scale
 
 
-def reach(kernel, scale):
+def kernel_reach(kernel, scale):
     """How far an LR pixel sees beyond its own HR pixels: in HR pixels, on each side."""
     return (len(KERNELS[kernel](scale)) - scale) // 2
 
 
 def downsample(hr, scale=4, kernel="bicubic"):
-    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale] in [0, 1], 8 bits.
+    """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale], also in [0, 1].
 
-    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). Like the LR images of Set5, Set14, BSD100
-    and Urban100, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits (half
-    up), then horizontally; pixels outside the image repeat its border. Raises ValueError unless
-    H and W are multiples of scale.
+    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). As the LR images of Set5, Set14, BSD100 and
+    Urban100 were made, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits
+    (half up), then horizontally and rounded again; pixels outside the image repeat its border.
+    Raises ValueError unless H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
         raise ValueError(f"{h}x{w} is not a multiple of {scale}")
-    taps = KERNELS[kernel](scale).to(hr)
-    border = [reach(kernel, scale)] * 4
+    taps = KERNELS[kernel](scale).to(hr, non_blocking=True)      # does not wait for the GPU
+    border = [kernel_reach(kernel, scale)] * 4
     x = F.pad(hr.contiguous(), border, mode="replicate")
     x = (x * 255).round() - 128                                  # so small that float32 sums are
     for dim in (2, 3):                                           # exact at every scale
@@ -476,33 +596,54 @@ def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
 
 
-def by_stem(paths):
-    """{stem: path}. Raises InputError if two images have the same name."""
+# What the name of an LR image may have behind the name of its HR image; {} is the scale.
+LR_ENDINGS = ("_LR", "x{}", "_x{}", "_LRx{}", "_LR_x{}", "_LR{}", "_bicLRx{}", "_LRBI_x{}")
+
+
+def by_stem(paths, folder=None):
+    """{stem: path}. The stem is the name without its ending or, given `folder`, the path below it.
+
+    Raises InputError if two images have the same stem.
+    """
     found = {}
     for path in paths:
-        if path.stem in found:
-            raise InputError(f"{path} and {found[path.stem]} have the same name; keep one of them")
-        found[path.stem] = path
+        stem = path.stem
+        if folder is not None:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise InputError(f"{path} and {found[stem]} have the same name; keep one of them")
+        found[stem] = path
     return found
+
+
+def name_of(stem):
+    """The stem of an HR image without the endings that say so: a_HR and a_HR_x4 become a."""
+    return re.sub(r"_HR(_?x[248])?$", "", stem)
 
 
 def lr_names(stem, scale):
     """The stems that the LR image of the HR image `stem` may have."""
-    endings = "_LR", f"x{scale}", f"_x{scale}", f"_LRx{scale}", f"_LR_x{scale}"
-    return [stem, *(stem.removesuffix("_HR") + ending for ending in endings)]
+    names = [stem]
+    for ending in LR_ENDINGS:
+        names.append(name_of(stem) + ending.format(scale))
+    return names
 
 
 def find_hr(folder):
     """Paths of the HR images in a folder or its HR/. Raises InputError if some are LR images."""
     folder = Path(folder)
-    folder = folder / "HR" if (folder / "HR").is_dir() else folder
+    if (folder / "HR").is_dir():
+        folder = folder / "HR"
     paths = find_images(folder)
-    stems = {path.with_suffix("") for path in paths}
+    stems = {os.path.splitext(path)[0] for path in paths}
     for path in paths:
+        # An LR image is in a folder such as LR_bicubic or X4, or beside its HR image.
         below = str(path)[len(str(folder)):]
-        if re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I) or any(
-                path.with_name(name) in stems for scale in SCALES
-                for name in lr_names(path.stem, scale)[1:]):
+        mixed = re.search(r"[\\/](LR[^\\/]*|X[2348])[\\/]", below, re.I)
+        for scale in SCALES:
+            names = lr_names(os.path.splitext(path)[0], scale)[1:]
+            mixed = mixed or not stems.isdisjoint(names)
+        if mixed:
             raise InputError(f"{folder} also holds LR images (see {path}); put HR and LR images "
                              "into separate folders, and give the one with HR")
     return paths
@@ -513,20 +654,32 @@ def find_pairs(folder, lr_folder=None, scale=4, kernel="bicubic"):
 
     The folder may also hold HR/ and, beside it, LR_<kernel>_x<scale>/ or LR_<kernel>/X<scale>/;
     lr_folder names LR images that are elsewhere. LR images have the name of their HR image, or
-    that name and x4, _x4, _LR, _LRx4 or _LR_x4. Raises InputError if two images have the same
-    name, or if an HR image has no LR image.
+    that name and one of LR_ENDINGS. Where HR images in different subfolders have the same name,
+    stems are paths, such as 000/00000001, and LR images are in subfolders of the same names.
+    Raises InputError if two images have the same stem, or if an HR image has no LR image.
     """
-    folder = Path(folder)
-    if lr_folder is None and (folder / "HR").is_dir():
-        usual = folder / f"LR_{kernel}_x{scale}", folder / f"LR_{kernel}" / f"X{scale}"
-        lr_folder = next((path for path in usual if path.is_dir()), None)
-    hr, pairs = by_stem(find_hr(folder)), []
-    lr = by_stem(find_images(lr_folder)) if lr_folder else {}
+    hr_folder = Path(folder)
+    if (hr_folder / "HR").is_dir():
+        hr_folder = hr_folder / "HR"
+        for usual in (f"LR_{kernel}_x{scale}", f"LR_{kernel}/X{scale}"):
+            if lr_folder is None and Path(folder, usual).is_dir():
+                lr_folder = Path(folder, usual)
+
+    # HR by stem. Names alone are enough if they differ: HR and LR may then be sorted differently.
+    paths = find_hr(hr_folder)
+    by_path = len({path.stem for path in paths}) < len(paths)
+    hr = by_stem(paths, hr_folder if by_path else None)
+    if lr_folder is None:
+        return [(stem, path, None) for stem, path in sorted(hr.items())]
+
+    # LR for each of them.
+    lr = by_stem(find_images(lr_folder), lr_folder if by_path else None)
+    pairs = []
     for stem, path in sorted(hr.items()):
-        match = next((lr[name] for name in lr_names(stem, scale) if name in lr), None)
-        if lr_folder and match is None:
+        names = [name for name in lr_names(stem, scale) if name in lr]
+        if not names:
             raise InputError(f"{path}: {lr_folder} holds no image of this name")
-        pairs.append((stem, path, match))
+        pairs.append((stem, path, lr[names[0]]))
     return pairs
 
 
@@ -537,13 +690,23 @@ def split(pairs, shares=(80, 15, 5), validate_on=0):
     get at least one image unless their share is 0. If validate_on is not 0, it limits val; the
     rest of val joins train.
     """
-    ranked = sorted(pairs, key=lambda pair: (
-        hashlib.sha256(os.fsencode(pair[1].name)).digest(), pair[1].as_posix()))
-    val, test = (max(len(ranked) * share // 100, int(share > 0)) for share in shares[1:])
+    def rank(pair):
+        path = pair[1]
+        return hashlib.sha256(os.fsencode(path.name)).digest(), path.as_posix()
+
+    # In this order: val, what validate_on takes from it, test, train.
+    ranked = sorted(pairs, key=rank)
+    sizes = []
+    for share in shares[1:]:
+        sizes.append(max(len(ranked) * share // 100, int(share > 0)))
+    val, test = sizes
     held_out = min(val, validate_on or val)
-    parts = {"val": ranked[:held_out], "test": ranked[val:val + test],
-             "train": ranked[held_out:val] + ranked[val + test:]}
-    return {name: sorted(part, key=lambda pair: pair[1]) for name, part in parts.items()}
+    parts = {"train": ranked[held_out:val] + ranked[val + test:],
+             "val": ranked[:held_out],
+             "test": ranked[val:val + test]}
+    for part in parts.values():
+        part.sort(key=lambda pair: pair[1])
+    return parts
 
 
 def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
@@ -552,12 +715,14 @@ def open_pair(hr_path, lr_path=None, scale=4, kernel="bicubic"):
     Raises InputError if an image cannot be read or the sizes do not match.
     """
     hr = open_rgb(hr_path)
-    h, w = (side // scale for side in hr.shape[:2])
-    if not h or not w:
+    h = hr.shape[0] // scale
+    w = hr.shape[1] // scale
+    if min(h, w) == 0:
         raise InputError(f"{hr_path}: {hr.shape[1]}x{hr.shape[0]} is smaller than one LR pixel")
     hr = hr[:h * scale, :w * scale]
     if lr_path is None:
-        return to_pixels(downsample(to_tensor(hr)[None], scale, kernel) * 2 - 1)[0].numpy(), hr
+        lr = downsample(to_tensor(hr)[None], scale, kernel)      # [1, 3, h, w] in [0, 1]
+        return to_pixels(lr * 2 - 1)[0].numpy(), hr
     lr = open_rgb(lr_path)
     if lr.shape != (h, w, 3):
         raise InputError(f"{lr_path}: {lr.shape[1]}x{lr.shape[0]} is not 1/{scale} of "
@@ -574,28 +739,48 @@ class Store:
     """
 
     def __init__(self, paths, cache="cache", mode="auto"):
-        self.paths, self.size, self.pixels = list(paths), None, None
+        self.paths = list(paths)
+        self.pixels = None                                       # if the images are not stored
+        self.sizes = None
         Path(cache).mkdir(parents=True, exist_ok=True)
-        if mode == "never" or mode == "auto" and self.is_too_large(cache):
+        if mode == "never" or (mode == "auto" and self.is_too_large(cache)):
             return
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        key = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        file = Path(cache, hashlib.sha256(repr(key).encode()).hexdigest()[:20] + ".pixels")
+
+        # The file that holds these images, as they are now.
+        key = []
+        for path in self.paths:
+            stat = os.stat(path)
+            key.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
+        file = Path(cache, f"{name}.pixels")
         with FileLock(f"{file}.lock"):                           # another process may be writing it
-            if not file.exists():
+            if not (file.exists() and self.open(file)):
                 self.decode(file)
+                self.open(file)
+
+    def open(self, file):
+        """Map the file into memory. Returns False if it is not whole."""
+        n_sizes = 16 * len(self.paths)
+        if file.stat().st_size < n_sizes:
+            return False
         mapped = np.memmap(file, np.uint8, "c")                  # copy-on-write, as torch requires
-        pixels, size = np.split(mapped, [-16 * len(self.paths)])
-        self.size = np.array(size.view(np.int64).reshape(-1, 2))  # heights and widths
-        self.start = np.cumsum(self.size.prod(1)) - self.size.prod(1)
-        self.pixels = torch.from_numpy(pixels).view(-1, 3)
+        sizes = mapped[-n_sizes:].view(np.int64).reshape(-1, 2)  # heights and widths
+        n_pixels = sizes.prod(1)
+        if (sizes < 0).any() or 3 * n_pixels.sum() + n_sizes != len(mapped):
+            return False
+        self.sizes = np.array(sizes)
+        self.start = np.cumsum(n_pixels) - n_pixels              # of each image, in pixels
+        self.pixels = torch.from_numpy(mapped[:-n_sizes]).view(-1, 3)
+        return True
 
     def is_too_large(self, cache):
         """Whether the pixels would not fit, as estimated from the headers of up to 100 images."""
-        n_bytes, sample = 0, self.paths[::len(self.paths) // 100 + 1]
+        sample = self.paths[::len(self.paths) // 100 + 1]
+        n_bytes = 0
         for path in sample:
-            with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-                n_bytes += 3 * image.width * image.height * len(self.paths) / len(sample)
+            with contextlib.suppress(Exception), identify(path) as image:
+                n_bytes += 3 * image.width * image.height
+        n_bytes *= len(self.paths) / len(sample)
         too_large = n_bytes > min(STORE_LIMIT, shutil.disk_usage(cache).free / 2)
         if too_large:
             say(f"about {n_bytes / 2 ** 30:.1f} GiB of pixels do not fit into {cache}; images are "
@@ -604,21 +789,12 @@ class Store:
 
     def decode(self, file):
         """Write to `file` the pixels of all images, one after another, and then their sizes."""
-        def pixels(path):
-            with contextlib.suppress(InputError):
-                return open_rgb(path)
-            return np.empty((0, 0, 3), np.uint8)                 # unreadable
-
         sizes = []
         try:
-            with replacing(file) as temporary, open(temporary, "wb") as output, \
-                    ThreadPoolExecutor() as pool, \
-                    tqdm(total=len(self.paths), desc="decoding once", disable=None) as bar:
-                for first in range(0, len(self.paths), 64):      # to bound the memory
-                    for image in pool.map(pixels, self.paths[first:first + 64]):
-                        output.write(image)
-                        sizes.append(image.shape[:2])
-                        bar.update()
+            with replacing(file) as temporary, open(temporary, "wb") as output:
+                for image in decode_ahead(self.paths):
+                    output.write(image)
+                    sizes.append(image.shape[:2])
                 output.write(np.array(sizes, np.int64))
         except OSError as error:
             raise InputError(f"{file.parent}: cannot hold the decoded pixels ({one_line(error)}); "
@@ -628,127 +804,195 @@ class Store:
         """Raises InputError if the image has to be decoded and is unreadable."""
         if self.pixels is None:
             return torch.from_numpy(open_rgb(self.paths[i]))
-        (h, w), start = self.size[i], self.start[i]
-        return self.pixels[start:start + h * w].view(h, w, 3)
+        h, w = self.sizes[i]
+        return self.pixels[self.start[i]:self.start[i] + h * w].view(h, w, 3)
 
 
-class Patches:
-    """Random training patches: "16 random 96x96 HR sub images of distinct training images".
+def decode_ahead(paths):
+    """Yield uint8 [h, w, 3] of each path, [0, 0, 3] if it is unreadable; shows a progress bar.
 
-    hr, lr: Stores; without lr, `kernel` makes LR from HR. patch_size: the side of the HR patches,
-    a multiple of scale. augment: "none", "flip" (mirror images) or "all" (eight flips and
-    rotations). crop_margin: the share of the height and width, 0 to below 0.5, that patches keep
-    clear of at each border. The batch of update `step` depends only on (seed, rank, step).
-    Images that are unreadable or too small are left out. Raises InputError if none remains.
+    Threads decode a few images ahead, at most 8, to bound the memory.
+    """
+    n_threads = min(4, os.cpu_count() or 1)
+    waiting = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for path in tqdm(paths, desc="decoding once", disable=None):
+            waiting.append(pool.submit(decode_or_none, path))
+            if len(waiting) == 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def decode_or_none(path):
+    """uint8 [h, w, 3], or [0, 0, 3] if the image is unreadable."""
+    try:
+        return open_rgb(path)
+    except InputError:
+        return np.empty((0, 0, 3), np.uint8)
+
+
+class Patches(torch.utils.data.Dataset):
+    """Training patches with a margin: patches[image, place, symmetry] is a window of an image.
+
+    hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
+    patches, a multiple of scale. crop_margin: the share of the height and width, 0 to below 0.5,
+    that patches keep clear of at each border. `usable` lists the images that can be drawn: those
+    that are unreadable or too small are left out with a line. Raises InputError if none is left.
     """
 
-    def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", augment="all",
-                 crop_margin=0.0, lr=None, device="cpu", seed=0, rank=0):
-        self.hr, self.lr, self.scale, self.kernel = hr, lr, scale, kernel
-        self.symmetries, self.crop_margin = SYMMETRIES[augment], crop_margin
-        self.device, self.seed, self.rank = torch.device(device), seed, rank
-        self.margin = math.ceil(reach(kernel, scale) / scale)    # around a patch, in LR pixels
-        self.window, self.reported = None, set()                 # images left out while streaming
-        self.resize(patch_size)
-        for store in (hr, lr):
-            if self.device.type == "cuda" and store and store.pixels is not None and \
-                    store.pixels.nbytes < torch.cuda.mem_get_info(self.device)[0] // 2:
-                store.pixels = store.pixels.to(self.device)
-
-    def resize(self, patch_size):
-        """Draw patches of this size from now on."""
-        window, self.window = self.window, patch_size + 2 * self.margin * self.scale
-        if self.window == window:
-            return
-        usable = np.ones(len(self.hr.paths), bool)
-        if self.hr.size is not None:
-            usable = (self.hr.size >= self.window).all(1)
-        if left_out := [str(path) for path, good in zip(self.hr.paths, usable) if not good]:
-            say(f"left out {len(left_out)} of {len(usable)} images, unreadable or smaller than "
-                f"{self.window}x{self.window}, such as {', '.join(left_out[:3])}")
-        if not usable.any():
+    def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", crop_margin=0.0, lr=None):
+        self.hr = hr
+        self.lr = lr
+        self.scale = scale
+        self.kernel = kernel
+        self.crop_margin = crop_margin
+        self.margin = math.ceil(kernel_reach(kernel, scale) / scale)  # in LR pixels
+        self.window = patch_size + 2 * self.margin * scale       # in HR pixels
+        self.usable = np.arange(len(hr.paths))
+        if hr.pixels is not None:                                # otherwise it shows when decoded
+            large = (hr.sizes >= self.window).all(axis=1)
+            self.usable = np.flatnonzero(large)
+            left_out = [str(hr.paths[i]) for i in np.flatnonzero(~large)]
+            if left_out:
+                say(f"left out {len(left_out)} of {len(hr.paths)} images, unreadable or smaller "
+                    f"than {self.window}x{self.window}, such as {', '.join(left_out[:3])}")
+        if len(self.usable) == 0:
             raise InputError(f"no image is {self.window}x{self.window} or larger, the size of a "
                              f"patch of {patch_size} with its margin; use larger images or a "
                              "smaller patch_size")
-        self.probability = usable / usable.sum()
 
-    def draw(self, step, n, attempt=0):
-        """n random (image, [y, x] in [0, 1), symmetry); distinct images if there are enough."""
-        rng = np.random.default_rng((self.seed, self.rank, step + attempt * 2 ** 40))
-        distinct = np.count_nonzero(self.probability) >= n
-        image = rng.choice(len(self.probability), n, replace=not distinct, p=self.probability)
-        return list(zip(image, rng.random((n, 2)), rng.choice(self.symmetries, n)))
+    def __getitem__(self, drawn):
+        """(windows of HR and, if given, LR, uint8 [w, w, 3]; messages about images left out).
+
+        drawn: (image, [y, x] in [0, 1), symmetry). An image that cannot be used is replaced by the
+        next one that can.
+        """
+        image, place, symmetry = drawn
+        messages = []
+        for i in range(10):
+            try:
+                return self.cut((image + i) % len(self.hr.paths), place, symmetry), messages
+            except InputError as error:
+                messages.append(f"left out: {error}")
+        return None, messages
 
     def cut(self, image, place, symmetry):
-        """The window of an image at [y, x]: [w, w, 3] of HR and, if there is an LR store, of LR."""
-        hr, scale = self.hr[image], self.scale
+        """The window of HR and, if there is an LR store, of LR. Raises InputError."""
+        hr = self.hr[image]
         size = np.array(hr.shape[:2])
-        free = size // scale - self.window // scale              # range of its corner, in LR pixels
+
+        # Where the window's corner may be, in LR pixels: from margin to free - margin.
+        free = size // self.scale - self.window // self.scale
         if free.min() < 0:
             raise InputError(f"{self.hr.paths[image]}: smaller than {self.window}x{self.window}")
-        margin = np.minimum((self.crop_margin * size / scale).astype(np.int64), free // 2)
+        margin = (self.crop_margin * size / self.scale).astype(np.int64)
+        margin = np.minimum(margin, free // 2)                   # one place is always left
         corner = margin + (place * (free - 2 * margin + 1)).astype(np.int64)
-        windows = [cut_square(hr, corner * scale, self.window, symmetry)]
+
+        windows = [cut_square(hr, corner * self.scale, self.window, symmetry)]
         if self.lr is not None:
             lr = self.lr[image]
-            if lr.shape[:2] != (*size // scale,):
-                raise InputError(f"{self.lr.paths[image]}: not 1/{scale} of its HR image's size")
-            windows.append(cut_square(lr, corner, self.window // scale, symmetry))
+            if lr.shape[:2] != tuple(size // self.scale):
+                raise InputError(f"{self.lr.paths[image]}: not 1/{self.scale} of its HR image's "
+                                 "size")
+            windows.append(cut_square(lr, corner, self.window // self.scale, symmetry))
         return windows
-
-    def windows(self, step, n):
-        """The windows of update `step`: uint8 [n, w, w, 3] of HR and, as in cut, of LR."""
-        found = []
-        for attempt in range(10):                                # replace those that fail
-            for drawn in self.draw(step, n - len(found), attempt):
-                try:
-                    found.append(self.cut(*drawn))
-                except InputError as error:
-                    if str(error) not in self.reported:          # once per image
-                        self.reported.add(str(error))
-                        say(f"left out: {error}")
-            if len(found) == n:
-                return [torch.stack(windows) for windows in zip(*found)]
-        raise InputError("most of the training images cannot be used")
-
-    def stream(self, n, first, last):
-        """The windows of updates first to last - 1, decoded a little ahead by threads."""
-        ahead, threads = deque(), os.cpu_count()
-        pool = ThreadPoolExecutor(threads)
-        try:
-            for step in range(first, last):
-                ahead.append(pool.submit(self.windows, step, n))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:                                                 # also when the caller stops early
-            pool.shutdown(cancel_futures=True)
-
-    def batches(self, n, first, last):
-        """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] for updates
-        first to last - 1; p is the patch size."""
-        stored = (self.windows(step, n) for step in range(first, last))
-        for hr, *lr in (self.stream(n, first, last) if self.hr.pixels is None else stored):
-            hr = self.upload(hr)                                 # [n, 3, window, window]
-            lr = self.upload(*lr) if lr else downsample(hr, self.scale, self.kernel)
-            lr = F.pad(lr, [-self.margin] * 4)
-            hr = F.pad(hr, [-self.margin * self.scale] * 4) * 2 - 1
-            yield tuple(x.contiguous(memory_format=torch.channels_last) for x in (lr, hr))
-
-    def upload(self, windows):
-        """uint8 [n, w, w, 3] -> float32 [n, 3, w, w] in [0, 1], on the device."""
-        if windows.device.type == "cpu" and self.device.type == "cuda":
-            windows = windows.pin_memory()                       # for an asynchronous copy
-        return to_tensor(windows.to(self.device, non_blocking=True))
 
 
 def cut_square(image, corner, side, symmetry):
     """[h, w, 3] -> [side, side, 3]. Bits of symmetry: flip left-right, flip up-down, transpose."""
-    patch = image[corner[0]:corner[0] + side, corner[1]:corner[1] + side]
-    patch = patch.flip(1) if symmetry & 1 else patch
-    patch = patch.flip(0) if symmetry & 2 else patch
-    return patch.transpose(0, 1) if symmetry & 4 else patch
+    y, x = corner
+    patch = image[y:y + side, x:x + side]
+    if symmetry & 1:
+        patch = patch.flip(1)
+    if symmetry & 2:
+        patch = patch.flip(0)
+    if symmetry & 4:
+        patch = patch.transpose(0, 1)
+    return patch
+
+
+class RandomBatches(torch.utils.data.Sampler):
+    """Sec. 3.2: "16 random 96x96 HR sub images of distinct training images", for each update.
+
+    usable: indices of the images to draw from. augment: "none", "flip" (mirror images) or "all"
+    (eight flips and rotations). The batch of an update depends only on (seed, rank, update), so
+    that a run can be resumed. If there are fewer images than patches, images repeat.
+    """
+
+    def __init__(self, usable, batch_size, augment, seed, rank, first, last):
+        self.usable = usable
+        self.batch_size = batch_size
+        self.symmetries = SYMMETRIES[augment]
+        self.seed = seed
+        self.rank = rank
+        self.updates = range(first, last)
+
+    def __len__(self):
+        return len(self.updates)
+
+    def __iter__(self):
+        n = self.batch_size
+        for update in self.updates:
+            rng = np.random.default_rng((self.seed, self.rank, update))
+            image = rng.choice(self.usable, n, replace=n > len(self.usable))
+            place = rng.random((n, 2))
+            symmetry = rng.choice(self.symmetries, n)
+            yield list(zip(image, place, symmetry))
+
+
+def collate(items):
+    """Items of Patches -> ([uint8 [n, w, w, 3] of HR and, if given, of LR], messages)."""
+    messages = []
+    complete = []
+    for windows, complaints in items:
+        messages.extend(complaints)
+        if windows is not None:
+            complete.append(windows)
+    if len(complete) < len(items):
+        return None, messages
+    return [torch.stack(windows) for windows in zip(*complete)], messages
+
+
+def batches(patches, sampler, device):
+    """Yield LR [n, 3, p/scale, p/scale] in [0, 1] and HR [n, 3, p, p] in [-1, 1] on the device.
+
+    p is the patch size. Worker processes decode images that are not stored. Raises InputError if
+    images or shared memory run out.
+    """
+    stored = patches.hr.pixels is not None
+    loader = torch.utils.data.DataLoader(
+        patches, batch_sampler=sampler, collate_fn=collate,
+        num_workers=0 if stored else os.cpu_count(), pin_memory=device.type == "cuda")
+    said = set()
+    try:
+        for windows, messages in loader:
+            for message in messages:
+                if message not in said:                          # once for each image
+                    say(message)
+                    said.add(message)
+            if windows is None:
+                raise InputError("most of the training images cannot be used")
+            yield to_pair(patches, windows, device)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise InputError("too little shared memory to decode images in other processes; use "
+                         "--set store=always or enlarge /dev/shm") from None
+
+
+def to_pair(patches, windows, device):
+    """Windows of HR, or of HR and LR, as tensors without their margin: see batches."""
+    hr = to_tensor(windows[0].to(device, non_blocking=True))     # [n, 3, w, w]
+    if patches.lr is None:
+        lr = downsample(hr, patches.scale, patches.kernel)
+    else:
+        lr = to_tensor(windows[1].to(device, non_blocking=True))
+    lr = F.pad(lr, [-patches.margin] * 4)                        # cut the margin off
+    hr = F.pad(hr, [-patches.margin * patches.scale] * 4) * 2 - 1
+    return (lr.contiguous(memory_format=torch.channels_last),
+            hr.contiguous(memory_format=torch.channels_last))
 
 
 # ==================================================================================================
@@ -760,37 +1004,37 @@ ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def planes(sr, hr, shave, luma):
-    """Two images as psnr takes them -> two float64 [..., 1 or 3, H - 2 shave, W - 2 shave]."""
-    if sr.shape != hr.shape:
-        raise ValueError(f"images of different sizes: {tuple(sr.shape)} and {tuple(hr.shape)}")
+    """What is compared of two images: two float64 tensors [1 or 3, H - 2 shave, W - 2 shave]."""
     for image in (sr, hr):
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image)).movedim(-1, -3)
-        elif image.is_floating_point():
-            image = to_pixels(image).movedim(-1, -3)             # as saved to a file
-        if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-3] != 3:
-            raise ValueError("expected uint8 [H, W, 3] arrays or [..., 3, H, W] tensors, not "
-                             f"{image.dtype} {tuple(image.shape)}")
-        h, w = image.shape[-2:]
-        if min(h, w) <= 2 * shave:
-            raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
-        x = image[..., shave:h - shave, shave:w - shave].double()
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ValueError("expected two uint8 arrays [H, W, 3]")
+    if sr.shape != hr.shape:
+        raise ValueError(f"images of different sizes: {sr.shape} and {hr.shape}")
+    h, w, _ = hr.shape
+    if min(h, w) <= 2 * shave:
+        raise InputError(f"{h}x{w}: nothing is left inside a border of {shave} pixels")
+    found = []
+    for image in (sr, hr):
+        x = torch.from_numpy(image.copy()).movedim(-1, 0)        # [3, H, W]
+        x = x[:, shave:h - shave, shave:w - shave].double()
         if luma:                                                 # Y of BT.601, in [16, 235]
-            r, g, b = x.split(1, dim=-3)
+            r, g, b = x.split(1)
             x = 16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255
-        yield x
+        found.append(x)
+    return found
 
 
 def psnr(sr, hr, shave=4, luma=True):
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); inf for identical images.
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), of two uint8 arrays [H, W, 3].
 
-    Two uint8 arrays [H, W, 3] -> float. Two tensors [..., 3, H, W], uint8 or float in [-1, 1]
-    (first rounded to 8 bits) -> float64 tensor [...]. shave: pixels removed from each border.
-    luma: on Y of BT.601 instead of RGB. Raises ValueError if the sizes differ or nothing remains.
+    shave: pixels removed from each border. luma: on Y of BT.601 instead of RGB. Identical images
+    have no finite PSNR; they get 100 dB, the largest value, so that a mean over images exists.
+    Raises ValueError if the sizes differ or nothing remains.
     """
     x, y = planes(sr, hr, shave, luma)
-    value = 10 * torch.log10(255 ** 2 / (x - y).square().mean((-3, -2, -1)))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    mse = (x - y).square().mean()
+    value = 10 * torch.log10(255 ** 2 / mse)                     # inf for identical images
+    return value.clamp(max=100).item()
 
 
 def ssim(sr, hr, shave=4, luma=True):
@@ -799,20 +1043,23 @@ def ssim(sr, hr, shave=4, luma=True):
     11x11 Gaussian window of sigma 1.5, only inside the image; K1 = 0.01, K2 = 0.03, L = 255.
     """
     x, y = planes(sr, hr, shave, luma)
-    if min(x.shape[-2:]) < 11:
+    if min(x.shape[1:]) < 11:
         raise InputError("SSIM needs 11x11 pixels inside the border")
-    window = gaussian(11, 1.5).to(x)
+    window = gaussian(11, 1.5)
 
     def mean(x):                                                 # weighted by the window
-        return weighted_sums(weighted_sums(x, window, -2), window, -1)
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y = mean(x * x) - mu_x ** 2, mean(y * y) - mu_y ** 2
+        return weighted_sums(weighted_sums(x, window, 1), window, 2)
+
+    mu_x = mean(x)
+    mu_y = mean(y)
+    var_x = mean(x * x) - mu_x ** 2
+    var_y = mean(y * y) - mu_y ** 2
     covariance = mean(x * y) - mu_x * mu_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) \
-        / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    value = value.mean((-3, -2, -1))
-    return value.item() if isinstance(sr, np.ndarray) else value
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    above = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
+    below = (mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2)
+    return (above / below).mean().item()
 
 
 @functools.cache
@@ -836,10 +1083,12 @@ def lpips(sr, hr, shave=0, luma=False):
         raise InputError("LPIPS needs at least 32x32 pixels; leave it out")
     network = load_lpips()
     device = next(network.parameters()).device
-    x, y = (to_tensor(image)[None].to(device) * 2 - 1 for image in (sr, hr))
+    x = to_tensor(sr)[None].to(device) * 2 - 1                   # [1, 3, H, W] in [-1, 1]
+    y = to_tensor(hr)[None].to(device) * 2 - 1
     return network(x, y).item()
 
 
+# A metric is one row here: tables, files, logs and best checkpoints take it from there.
 Metric = namedtuple("Metric", "function title digits higher_is_better")
 METRICS = {
     "psnr": Metric(psnr, "PSNR (dB)", digits=2, higher_is_better=True),
@@ -850,48 +1099,101 @@ METRICS = {
 
 def usable_metrics(with_lpips=True, device="cpu"):
     """Names of METRICS, LPIPS only if it is wanted and available; if it is not, a line says so."""
-    try:
-        if with_lpips:
+    names = list(METRICS)
+    if with_lpips:
+        try:
             load_lpips().to(device)
-            return list(METRICS)
-    except InputError as error:
-        say(f"{error}; going on without it")
-    return [name for name in METRICS if name != "lpips"]
+            return names
+        except InputError as error:
+            say(f"{error}; going on without it")
+    names.remove("lpips")
+    return names
 
 
 def measure(sr, hr, names=tuple(METRICS), shave=4, luma=True):
     """Compare two uint8 arrays [H, W, 3]: {name: value} of METRICS, None if not in `names`."""
-    return {name: metric.function(sr, hr, shave, luma) if name in names else None
-            for name, metric in METRICS.items()}
+    scores = dict.fromkeys(METRICS)
+    for name in names:
+        scores[name] = METRICS[name].function(sr, hr, shave, luma)
+    return scores
+
+
+def measure_all(pairs, models, scale, kernel, save=None, **protocol):
+    """Measure models on the images of find_pairs: {stem: {model: result of measure}}.
+
+    models: {name: function of LR, uint8 [h, w, 3], and of the image's stem, which returns SR}.
+    protocol: names, shave and luma, as for measure. save: called as save(stem, {model: SR}, HR,
+    {model: result of measure}) after each image. An image that cannot be measured is left out for
+    all models, and a line says why; so is one of a single colour, on which PSNR means nothing.
+    """
+    results = {}
+    for stem, hr_path, lr_path in tqdm(pairs, unit="image", leave=False, disable=None):
+        try:
+            lr, hr = open_pair(hr_path, lr_path, scale, kernel)
+            if (hr == hr[0, 0]).all():
+                raise InputError("all pixels have one colour, so that PSNR means nothing; left out")
+            # Every model's SR comes before the first metric: if one fails, none is measured.
+            images = {}
+            for model, super_resolve in models.items():
+                images[model] = super_resolve(lr, stem)
+                if images[model].shape != hr.shape:
+                    raise InputError(f"the image of {model} is not {hr.shape[1]}x{hr.shape[0]}")
+            scores = {}
+            for model, sr in images.items():
+                scores[model] = measure(sr, hr, **protocol)
+            if save:
+                save(stem, images, hr, scores)
+            results[stem] = scores
+        except InputError as error:
+            message = str(error)
+            if not message.startswith((str(hr_path), str(lr_path))):
+                message = f"{stem}: {message}"
+            say(message)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            say(f"{stem}: out of memory")
+    return results
 
 
 def aggregate(scores):
     """Results of measure for several images -> {metric: {"mean", "std"}, or None if missing}."""
-    columns = {name: [score[name] for score in scores] for name in METRICS}
-    with np.errstate(invalid="ignore"):                          # inf - inf
-        return {name: None if None in values else
-                {"mean": float(np.mean(values)), "std": float(np.std(values))}
-                for name, values in columns.items()}
+    summary = dict.fromkeys(METRICS)
+    for name in METRICS:
+        values = [score[name] for score in scores]
+        if None not in values:
+            summary[name] = {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    return summary
 
 
-def describe(metrics):
-    """Means as text, such as "PSNR 28.43  SSIM 0.8111"."""
-    return "  ".join(f"{name.upper()} {metrics[name]['mean']:.{metric.digits}f}"
-                     for name, metric in METRICS.items() if metrics[name])
+def describe(summary):
+    """The means of aggregate as text, such as "PSNR 28.43  SSIM 0.8111"."""
+    parts = []
+    for name, metric in METRICS.items():
+        if summary[name]:
+            parts.append(f"{name.upper()} {summary[name]['mean']:.{metric.digits}f}")
+    return "  ".join(parts)
 
 
 def side_by_side(images, labels):
     """uint8 [h, w, 3] arrays of one size, each with its label below it -> PIL.Image."""
     h, w, _ = images[0].shape
-    longest = max("\n".join(labels).split("\n"), key=ImageFont.load_default(24).getlength)
-    size = next((n for n in range(24, 8, -1)
-                 if ImageFont.load_default(n).getlength(longest) <= w), 8)
-    height = h + (1 + max(label.count("\n") + 1 for label in labels)) * size * 4 // 3
+
+    # The largest size of letters, from 24 down to 8, with which every line fits below its image.
+    lines = "\n".join(labels).split("\n")
+    size = 24
+    while size > 8 and max(map(ImageFont.load_default(size).getlength, lines)) > w:
+        size -= 1
+    most_lines = max(label.count("\n") + 1 for label in labels)
+    height = h + (1 + most_lines) * size * 4 // 3
+
     sheet = Image.new("RGB", (len(images) * (w + 4) - 4, height), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels)):
-        sheet.paste(Image.fromarray(image), (i * (w + 4), 0))
-        ImageDraw.Draw(sheet).text((i * (w + 4) + w / 2, (h + height) / 2), label, fill="black",
-                                   font_size=size, anchor="mm", align="center")
+        left = i * (w + 4)                                       # 4 white pixels between images
+        sheet.paste(Image.fromarray(image), (left, 0))
+        draw.text((left + w / 2, (h + height) / 2), label, fill="black", font_size=size,
+                  anchor="mm", align="center")
     return sheet
 
 
@@ -906,41 +1208,83 @@ TILE = 1448                              # LR pixels per side: 2 megapixels take
 PART = 128                               # LR pixels per side that are enlarged together
 
 
+# The slices of a tile, and what it sees: itself and the overlap.
+Area = namedtuple("Area", "rows columns seen_rows seen_columns")
+
+
 def radii(generator):
     """How far an SR pixel sees, in LR pixels: (through all of G, through what follows the skip)."""
-    def reach(network):                                          # a k x k kernel adds k // 2
-        return sum(m.kernel_size[0] // 2 for m in network.modules() if isinstance(m, nn.Conv2d))
-    scale = generator.arch["scale"]
-    enlarging = sum(reach(layer) / 2 ** (i // 3) for i, layer in enumerate(generator.upsample))
-    enlarging = math.ceil(enlarging + reach(generator.tail) / scale)
-    before = sum(map(reach, (generator.head, generator.blocks, generator.fuse)))
+    before = radius(generator.head, generator.blocks, generator.fuse)
+    enlarging = radius(generator.upsample, generator.tail)
     return before + enlarging, enlarging
 
 
+def radius(*networks):
+    """How far a pixel behind these networks sees, in pixels of their input, rounded up."""
+    pixels = 0
+    size = 1                                                     # of a pixel, halved by a shuffle
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                pixels += module.kernel_size[0] // 2 * size      # a k x k kernel sees k // 2
+            elif isinstance(module, nn.PixelShuffle):
+                size /= module.upscale_factor
+    return math.ceil(pixels)
+
+
 def spans(length, side, overlap):
-    """Even parts of a length, each at most `side`: [(start, end, both with the overlap)]."""
-    ends = np.linspace(0, length, math.ceil(length / side) + 1).astype(int).tolist()
-    return [(a, b, max(a - overlap, 0), min(b + overlap, length)) for a, b in zip(ends, ends[1:])]
+    """Cut a length into even parts of at most `side`: [(part, part with the overlap)], slices."""
+    count = math.ceil(length / side)
+    ends = [length * i // count for i in range(count + 1)]
+    parts = []
+    for start, end in zip(ends, ends[1:]):
+        seen = slice(max(start - overlap, 0), min(end + overlap, length))
+        parts.append((slice(start, end), seen))
+    return parts
 
 
-def fill_in_tiles(result, function, x, side, overlap):
-    """result = function(x), tile by tile: [..., h, w] -> [..., scale h, scale w]."""
-    s = result.shape[-1] // x.shape[-1]
-    for top, bottom, t, b in spans(x.shape[-2], side, overlap):
-        for left, right, l, r in spans(x.shape[-1], side, overlap):
-            tile = function(x[..., t:b, l:r])
-            result[..., top * s:bottom * s, left * s:right * s] = \
-                tile[..., (top - t) * s:(bottom - t) * s, (left - l) * s:(right - l) * s]
-    return result
+def cut(height, width, side, overlap):
+    """Cut an area into even tiles of at most side x side: a list of `Area`."""
+    areas = []
+    for rows, seen_rows in spans(height, side, overlap):
+        for columns, seen_columns in spans(width, side, overlap):
+            areas.append(Area(rows, columns, seen_rows, seen_columns))
+    return areas
 
 
-def self_ensemble(function, lr):
-    """The mean of function(lr) over the eight flips and rotations of LR, each undone in SR."""
+def paste(result, sr, area):
+    """Copy SR of a tile, without its overlap, to its place in the result: [..., H, W] both."""
+    scale = sr.shape[-1] // (area.seen_columns.stop - area.seen_columns.start)
+    top = (area.rows.start - area.seen_rows.start) * scale
+    left = (area.columns.start - area.seen_columns.start) * scale
+    place = result[..., area.rows.start * scale:area.rows.stop * scale,
+                   area.columns.start * scale:area.columns.stop * scale]
+    height, width = place.shape[-2:]
+    place.copy_(sr[..., top:top + height, left:left + width])
+
+
+def super_resolve(generator, lr, bar):
+    """G, whose last layers see one part of LR after the other: [1, 3, h, w] -> [1, 3, H, W]."""
+    height, width = lr.shape[2:]
+    scale = generator.arch["scale"]
+    sr = lr.new_empty(1, 3, scale * height, scale * width)
+    maps = features(generator, lr)                               # [1, 64, h, w]
+    overlap = radii(generator)[1]
+    for part in cut(height, width, PART, overlap):
+        seen = maps[..., part.seen_rows, part.seen_columns]
+        paste(sr, enlarge(generator, seen), part)
+        bar.update()
+    return sr
+
+
+def self_ensemble(generator, lr, bar):
+    """The mean of SR over the eight flips and rotations of LR, each undone in SR."""
     total = 0
     for turns in range(4):
         for flipped in (False, True):
-            x = torch.rot90(lr.flip(3) if flipped else lr, turns, (2, 3))
-            sr = torch.rot90(function(x), -turns, (2, 3))
+            view = lr.flip(3) if flipped else lr
+            sr = super_resolve(generator, torch.rot90(view, turns, (2, 3)), bar)
+            sr = torch.rot90(sr, -turns, (2, 3))
             total = total + (sr.flip(3) if flipped else sr)
     return total / 8
 
@@ -957,38 +1301,63 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
         raise TypeError("upscale takes a uint8 array [h, w, 3] of RGB pixels")
-    (h, w, _), scale, (radius, part_radius) = image.shape, generator.arch["scale"], radii(generator)
-    device, bf16 = next(generator.parameters()).device, precision == "bf16"
-    tile = TILE * 4 // max(4, scale) if tile is None else tile or max(h, w)
-    rows, columns = (sum(len(spans(end - start, PART, 0))        # of parts, in all tiles
-                         for *_, start, end in spans(side, tile, radius)) for side in (h, w))
 
-    def enlarge_part(x):
-        bar.update()
-        return enlarge(generator, x)
+    # Cut the image into tiles that overlap as far as the network sees.
+    height, width, _ = image.shape
+    scale = generator.arch["scale"]
+    if tile is None:
+        side = TILE * 4 // max(4, scale)
+    else:
+        side = tile or max(height, width)
+    areas = cut(height, width, side, radii(generator)[0])
 
-    def super_resolve(lr):                                       # [1, 3, h, w] of one tile
-        sr = lr.new_empty(1, 3, scale * lr.shape[2], scale * lr.shape[3])
-        return fill_in_tiles(sr, enlarge_part, features(generator, lr), PART, part_radius)
+    # The progress bar counts the parts of all tiles, eight times for an ensemble.
+    parts = 0
+    for area in areas:
+        seen = image[area.seen_rows, area.seen_columns]
+        parts += len(cut(len(seen), len(seen[0]), PART, 0))
+    method = super_resolve
+    if ensemble:
+        method = self_ensemble
+        parts *= 8
 
-    def compute(pixels):                                         # uint8 [3, h, w] of one tile
-        lr = (pixels[None].to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), \
-                torch.backends.cudnn.flags(enabled=True, allow_tf32=bf16):
-            sr = self_ensemble(super_resolve, lr) if ensemble else super_resolve(lr)
-        return to_pixels(sr)[0].movedim(-1, 0)
-
-    lr = torch.from_numpy(image.copy()).movedim(-1, 0)           # [3, h, w]
-    result = torch.empty(h * scale, w * scale, 3, dtype=torch.uint8)
-    with tqdm(total=rows * columns * (8 if ensemble else 1), unit="part", leave=False,
-              disable=not progress) as bar:
-        try:
-            fill_in_tiles(result.movedim(-1, 0), compute, lr, tile, radius)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError("out of memory; use smaller tiles") from None
+    # Super-resolve one tile after the other.
+    device = next(generator.parameters()).device
+    try:
+        result = torch.empty(height * scale, width * scale, 3, dtype=torch.uint8)
+        with tqdm(total=parts, unit="part", leave=False, disable=not progress) as bar, \
+                arithmetic(device, precision):
+            for area in areas:
+                seen = image[area.seen_rows, area.seen_columns].copy()       # [h, w, 3]
+                lr = to_tensor(torch.from_numpy(seen).to(device))[None]
+                lr = lr.contiguous(memory_format=torch.channels_last)
+                pixels = to_pixels(method(generator, lr, bar))[0]            # [H, W, 3]
+                paste(result.movedim(-1, 0), pixels.movedim(-1, 0), area)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError("out of memory; use smaller tiles") from None
     return result.numpy()
+
+
+@contextlib.contextmanager
+def arithmetic(device, precision):
+    """Compute in bf16, or in fp32 without TF32. The program's own settings come back afterwards."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    elif device.type != "cuda":
+        yield
+    elif hasattr(torch.backends.cudnn, "conv"):                  # since torch 2.9
+        before = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = before
+    else:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
 
 
 def is_out_of_memory(error):
@@ -999,8 +1368,9 @@ def is_out_of_memory(error):
 
 
 # ==================================================================================================
-# 7. Checkpoints. A dictionary of tensors, numbers and strings. "generator": the result of
-#    training, the moving average of G's weights; "arch": G's arguments; and what train.py adds.
+# 7. Checkpoints, other files, and how a script starts. A checkpoint is a dictionary of tensors,
+#    numbers and strings. "generator": the result of training, the moving average of G's weights;
+#    "arch": G's arguments; and what train.py adds.
 # ==================================================================================================
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -1014,25 +1384,35 @@ def float_state(network):
 
 @torch.no_grad()
 def ema_(average, current, decay):
-    """average = decay * average + (1 - decay) * current, in place; both are float_state lists."""
+    """Exponential moving average: average = decay * average + (1 - decay) * current, in place.
+
+    Both are lists of tensors, from float_state.
+    """
     torch._foreach_lerp_(average, current, 1 - decay)
+
+
+def temporary_path(path):
+    """A hidden path beside `path`, whose name depends only on `path`."""
+    path = Path(os.path.realpath(path))                          # a link stays one
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{name}{path.suffix}")
 
 
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path`: renamed to `path` on success, deleted on failure.
 
-    Its name depends only on `path`, so that the next run replaces what a killed one left behind.
+    The next run replaces what a killed one left behind. Raises InputError if `path` is a folder
+    or a device.
     """
-    path = Path(os.path.realpath(path))                          # a link stays one
-    if path.exists() and not path.is_file():
-        yield path                                               # /dev/stdout
-        return
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}{path.suffix}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a file; choose another name")
+    temporary = temporary_path(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())                              # or a power cut leaves it empty
+        os.replace(temporary, os.path.realpath(path))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1047,10 +1427,9 @@ def write_json(path, document):
 def save_checkpoint(path, generator, **more):
     """Write the weights and arguments of `generator` and the items of `more`, atomically."""
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more}, file)
-            file.flush()
-            os.fsync(file.fileno())                              # before the rename
+        with replacing(path) as temporary:
+            torch.save({"generator": generator.state_dict(), "arch": generator.arch, **more},
+                       temporary)
     except (RuntimeError, OSError) as error:                     # a full disk can raise either
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
@@ -1072,47 +1451,64 @@ def load_checkpoint(path):
     return state
 
 
-def make_generator(block="residual", **arch):
-    """The generator that GENERATORS lists for `block`, with the given arguments."""
-    return GENERATORS[block](**arch)
-
-
 def load_generator(path, device="cpu"):
     """The generator of a checkpoint of train.py: float32, in eval mode. Raises InputError."""
     state = load_checkpoint(path)
     try:
         with torch.device("meta"):                               # takes no memory
             generator = make_generator(**state["arch"])
-        generator.load_state_dict(state["generator"], assign=True)
+        weights = state["generator"]
+        for name, tensor in weights.items():
+            if tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided:
+                raise ValueError(f"{name} does not hold plain numbers")
+        generator.load_state_dict(weights, assign=True)
     except Exception as error:                                   # a file may hold anything
         raise InputError(f"{path}: no generator of train.py "
                          f"({type(error).__name__}: {one_line(error)})") from None
     return generator.float().to(device, memory_format=torch.channels_last).eval()
 
 
+def make_generator(block="residual", scale=4, channels=64, n_blocks=16, tanh=False):
+    """The generator that GENERATORS lists for `block`, with these arguments. Raises ValueError."""
+    if type(scale) is not int or scale not in SCALES:
+        raise ValueError(f"scale {scale!r:.20} is not 2, 4 or 8")
+    if n_blocks > 256 or channels > 1024:
+        raise ValueError(f"{n_blocks!r:.20} blocks of {channels!r:.20} feature maps are too many")
+    return GENERATORS[block](scale, channels, n_blocks, tanh)
+
+
 def load_features(network, weights, url):
-    """Load weights into a content network (see TruncatedVGG19) and return it. Raises InputError."""
+    """Load weights into a content network in place (see TruncatedVGG19). Raises InputError."""
     if weights == "random":
         rng = torch.Generator().manual_seed(0)
         for p in network.parameters():
-            nn.init.kaiming_normal_(p, generator=rng) if p.dim() > 1 else nn.init.zeros_(p)
-        return network
+            if p.dim() > 1:
+                nn.init.kaiming_normal_(p, generator=rng)
+            else:
+                nn.init.zeros_(p)
+        return
     if weights == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        except Exception as error:                               # offline, cut off, wrong hash
-            raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
-                             "and pass --feature-weights FILE, or --feature-weights random to try "
-                             "things out") from None
+        state = download_features(url)
     else:
         state = load_checkpoint(weights)
-    state = {str(key).removeprefix("features."): value for key, value in state.items()}
     try:
-        network.load_state_dict({key: state[key] for key in network.state_dict()})
+        needed = {}
+        for key in network.state_dict():                         # a file may begin with features.
+            needed[key] = state[key] if key in state else state[f"features.{key}"]
+        network.load_state_dict(needed)
     except (KeyError, RuntimeError) as error:                    # missing, or of another shape
         raise InputError(f"{weights}: no weights of this network ({one_line(error)})") from None
-    return network
+
+
+def download_features(url):
+    """The state dict behind a URL of torchvision, kept in torch's cache. Raises InputError."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                  weights_only=True)
+    except Exception as error:                                   # offline, cut off, wrong hash
+        raise InputError(f"cannot download {url} ({one_line(error)}); download it elsewhere "
+                         "and pass --feature-weights FILE, or --feature-weights random to try "
+                         "things out") from None
 
 
 def run(main):
@@ -1121,10 +1517,9 @@ def run(main):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                           # closed, for example by cron
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # odd file names
+    sys.stdout.reconfigure(errors="backslashreplace")            # odd file names
+    sys.stderr.reconfigure(errors="backslashreplace")
+    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 25                      # bytes; also for ICC profiles
     try:
         status = main()
     except (InputError, OSError) as error:
@@ -1142,7 +1537,8 @@ def run(main):
 
 
 # ==================================================================================================
-# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source.
+# 8. Beyond the paper: G's initialisation, and what other presets select, each with its source. A
+#    new loss, network or norm is one function or class, one row in its table, and one setting.
 # ==================================================================================================
 
 class DenseBlock(nn.Module):
@@ -1150,8 +1546,10 @@ class DenseBlock(nn.Module):
 
     def __init__(self, n, growth=32):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(n + i * growth, growth if i < 4 else n, 3, padding=1)
-                                   for i in range(5))
+        self.convs = nn.ModuleList()
+        for i in range(4):
+            self.convs.append(nn.Conv2d(n + i * growth, growth, 3, padding=1))
+        self.convs.append(nn.Conv2d(n + 4 * growth, n, 3, padding=1))
 
     def forward(self, x):                                        # [N, 64, h, w]
         maps = x
@@ -1175,11 +1573,39 @@ class RRDBGenerator(Generator):
     """G with RRDBs. The default arguments are those of the paper, not ESRGAN's 23 blocks."""
     block = "rrdb"
 
-    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=False):
         super().__init__(scale, channels, 0, tanh)
         self.arch["n_blocks"] = n_blocks
-        self.blocks = nn.Sequential(*[RRDB(channels) for _ in range(n_blocks)])
+        for _ in range(n_blocks):
+            self.blocks.append(RRDB(channels))
         self.fuse = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+
+
+class VariantDiscriminator(Discriminator):
+    """Fig. 4's D by default; other projects' with other arguments. Shapes as for Discriminator.
+
+    channels: feature maps of each convolution, whose strides alternate between 1 and 2.
+    first_kernel: size of the first kernel. norm: a key of NORMS. pool: average the features to
+    pool x pool positions, so that D fits any patch size; 0: do not.
+    """
+
+    def __init__(self, patch_size=96, channels=(64, 64, 128, 128, 256, 256, 512, 512),
+                 first_kernel=3, norm="batch", pool=0):
+        nn.Module.__init__(self)
+        self.features = nn.Sequential(
+            nn.Conv2d(3, channels[0], first_kernel, padding=first_kernel // 2), nn.LeakyReLU(0.2))
+        side = patch_size
+        stride = 2
+        for n_in, n in zip(channels, channels[1:]):
+            self.features.append(discriminator_block(n_in, n, stride, NORMS[norm]))
+            side = math.ceil(side / stride)
+            stride = 3 - stride                                  # 2, 1, 2, 1 ...
+        if pool:
+            self.features.append(nn.AdaptiveAvgPool2d(pool))
+            side = pool
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels[-1] * side * side, 1024),
+            nn.LeakyReLU(0.2), nn.Linear(1024, 1))
 
 
 @torch.no_grad()
@@ -1187,23 +1613,36 @@ def start_as_nearest(generator):
     """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
     Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
-    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937).
+    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937). With tanh=True,
+    [0, 1] becomes [-0.85, 0.85], as tanh(2.5 x - 1.25) is near 2 x - 1.
     """
+    # The first three maps are R, G and B.
     nn.init.dirac_(generator.head[0].weight[:3])
     generator.head[0].bias[:3] = 0
-    for p in generator.fuse[-1].parameters():                    # the skip connection alone
+
+    # The last layer of the residual branch starts at zero, so that only the skip connection acts.
+    for p in generator.fuse[-1].parameters():
         nn.init.zeros_(p)
+
+    # Each map m becomes the four maps 4m to 4m + 3, with equal weights; the first three stay RGB.
     for conv in generator.upsample[::3]:
-        nn.init.dirac_(conv.weight[:12:4])
-        conv.bias[:12:4] = 0
+        rgb = slice(0, 12, 4)
+        nn.init.dirac_(conv.weight[rgb])
+        conv.bias[rgb] = 0
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
-    nn.init.dirac_(generator.tail.weight).mul_(2.5)              # tanh(2.5 x - 1.25) is near
-    generator.tail.bias.fill_(-1.25)                             # 2 x - 1
+
+    # The Tanh of 2.5 x - 1.25.
+    nn.init.dirac_(generator.tail.weight).mul_(2.5)
+    generator.tail.bias.fill_(-1.25)
+
+
+def start_at_random(generator):
+    """Keep torch's random initialisation."""
 
 
 GENERATORS = {"residual": Generator, "rrdb": RRDBGenerator}
-INITS = {"nearest": start_as_nearest, "torch": lambda generator: None}
+INITS = {"nearest": start_as_nearest, "torch": start_at_random}
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
@@ -1217,8 +1656,24 @@ class TruncatedSqueezeNet(ContentNetwork):
     def __init__(self, layer="12", weights="imagenet", divisor=12.75):
         from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
         features = squeezenet1_1().features[:int(layer) + 1]
-        url = SqueezeNet1_1_Weights.IMAGENET1K_V1.url
-        super().__init__(load_features(features, weights, url), divisor)
+        load_features(features, weights, SqueezeNet1_1_Weights.IMAGENET1K_V1.url)
+        super().__init__(features, divisor)
+
+
+CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
+
+
+def total_variation(sr, hr):
+    """Sec. 3.4: SRResNet-VGG22 adds it to VGG22, with weight 2e-8. [N, 3, H, W] -> scalar.
+
+    The paper gives neither norm nor scale. Here, the absolute differences between neighbouring
+    pixels are summed over each image and averaged over the batch. For photos, 2e-8 times this sum
+    is about half a per cent of the content loss; 2e-8 times a mean over pixels would be nothing.
+    HR plays no part; it is there because all content losses are called alike.
+    """
+    down = sr.diff(dim=2).abs().sum()
+    right = sr.diff(dim=3).abs().sum()
+    return (down + right) / len(sr)
 
 
 def grid_loss(sr, hr, scale=4, window=8):
@@ -1243,34 +1698,87 @@ def fourier_loss(sr, hr, window=16):
     On grey and on two colour differences, it compares how much texture of each frequency and
     direction there is, not where. [N, 3, H, W] in [-1, 1] twice, H and W >= window -> scalar.
     """
-    hann = torch.hann_window(window, periodic=False, device=sr.device)
+    return (fourier_amplitudes(hr, window) - fourier_amplitudes(sr, window)).abs().mean()
+
+
+def fourier_amplitudes(x, window):
+    """Of windows that overlap by half: [N, 3, H, W] -> [N, 3, rows, columns, window, window/2+1]"""
+    r, g, b = x.float().unbind(1)
+    grey = (r + g + b) / 3 ** 0.5
+    red_blue = (r - b) / 2 ** 0.5
+    green_purple = (r - 2 * g + b) / 6 ** 0.5
+    x = torch.stack([grey, red_blue, green_purple], 1)           # orthonormal
+    hann = torch.hann_window(window, periodic=False, device=x.device)
     hann = hann / hann.square().mean().sqrt()
-
-    def amplitudes(x):
-        r, g, b = x.float().unbind(1)
-        x = torch.stack([(r + g + b) / 3 ** 0.5, (r - b) / 2 ** 0.5, (r - 2 * g + b) / 6 ** 0.5], 1)
-        x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
-        return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
-
-    return (amplitudes(hr) - amplitudes(sr)).abs().mean()
+    x = x.unfold(2, window, window // 2).unfold(3, window, window // 2)
+    return torch.fft.rfft2(x * hann * hann[:, None], norm="ortho").abs()
 
 
-CONTENT_NETWORKS = {"vgg19": TruncatedVGG19, "squeezenet1_1": TruncatedSqueezeNet}
 PIXEL_LOSSES = {"mse": mse_loss, "l1": F.l1_loss}
-CONTENT_LOSSES = {  # name: function of SR, HR and settings; its weight is the setting <name>_weight
-    "pixel": lambda sr, hr, use: PIXEL_LOSSES[use.pixel_loss](sr, hr),
-    "content": lambda sr, hr, use: content_loss(use.phi, sr, hr),
-    "tv": lambda sr, hr, use: total_variation(sr),
-    "grid": lambda sr, hr, use: grid_loss(sr, hr, use.scale),
-    "fourier": lambda sr, hr, use: fourier_loss(sr, hr),
-}
 
 
-def relativistic_adversarial_loss(D, sr, hr):
-    """Wang et al. 2018, Eq. 2: SR should look more real than the average HR, and
-    HR less real than the average SR."""
-    fake, real = D(sr), D(hr)
+def content_losses(pixel_loss="mse", phi=None, scale=4):
+    """{name: function of SR and HR}: the terms that l_X of Eq. 3 can consist of.
+
+    The setting <name>_weight weighs each. A new term is a row here and a setting in config.json.
+    """
+    return {
+        "pixel": PIXEL_LOSSES[pixel_loss],                       # Eq. 4, or L1
+        "content": functools.partial(content_loss, phi),         # Eq. 5
+        "tv": total_variation,                                   # Sec. 3.4
+        "grid": functools.partial(grid_loss, scale=scale),
+        "fourier": fourier_loss,
+    }
+
+
+CONTENT_LOSSES = tuple(content_losses())                         # their names
+
+
+class WeightedSum:
+    """A weighted sum of functions of SR and HR. `parts` keeps the latest value of each, by name."""
+
+    def __init__(self):
+        self.terms = {}                                          # name: (weight, function)
+        self.parts = {}
+
+    def __call__(self, sr, hr):
+        total = 0
+        for name, (weight, function) in self.terms.items():
+            self.parts[name] = function(sr, hr)
+            total = total + weight * self.parts[name]
+        return total
+
+
+def wasserstein_g_loss(D, sr):
+    """G's side of Gulrajani et al. 2017, Eq. 2. D is a critic: it returns scores. -> scalar"""
+    return -D(sr).mean()
+
+
+def wasserstein_d_loss(real, fake):
+    """The critic's loss of Gulrajani et al. 2017, Eq. 3, but for its penalty. Scores -> scalar"""
+    return fake.mean() - real.mean()
+
+
+def relativistic_g_loss(D, sr, hr):
+    """G's loss of the relativistic average GAN (Jolicoeur-Martineau 2018), Wang et al. 2018, Eq. 2:
+    SR should look more real than the average HR, and HR less real than the average SR. -> scalar"""
+    fake = D(sr)
+    real = D(hr)
+    return discriminator_loss(fake - real.mean(), real - fake.mean())
+
+
+def relativistic_d_loss(real, fake):
+    """D's loss, Eq. 1: HR should look more real than the average SR, and SR less real than the
+    average HR. Logits [N] -> scalar"""
     return discriminator_loss(real - fake.mean(), fake - real.mean())
+
+
+Game = namedtuple("Game", "g_loss d_loss g_sees_hr")             # see srgan_step
+ADVERSARIAL_LOSSES = {
+    "bce": Game(adversarial_loss, discriminator_loss, g_sees_hr=False),      # Eq. 6 and 2
+    "wasserstein": Game(wasserstein_g_loss, wasserstein_d_loss, g_sees_hr=False),
+    "relativistic": Game(relativistic_g_loss, relativistic_d_loss, g_sees_hr=True),
+}
 
 
 def input_gradient(D, x):
@@ -1282,45 +1790,19 @@ def input_gradient(D, x):
 
 def gradient_penalty(D, sr, hr):
     """Gulrajani et al. 2017, arXiv:1704.00028, Eq. 3: the mean of (|grad D(x)| - 1)^2 at random
-    points x between SR and HR."""
+    points x between SR and HR. -> scalar"""
     mix = torch.rand(len(hr), 1, 1, 1, dtype=hr.dtype, device=hr.device)
-    return (input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1) - 1).square().mean()
+    norm = input_gradient(D, torch.lerp(hr, sr, mix)).norm(dim=1)
+    return (norm - 1).square().mean()
 
 
 def r1_penalty(D, sr, hr):
-    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9, for gamma = 1: mean of |grad D(HR)|^2 / 2."""
+    """Mescheder et al. 2018, arXiv:1801.04406, Eq. 9, for gamma = 1: mean of |grad D(HR)|^2 / 2.
+    -> scalar"""
     return input_gradient(D, hr).square().sum(1).mean() / 2
 
 
-ADVERSARIAL_LOSSES = {  # name: (G's, a function of D, SR and HR; D's, of D(SR) and D(HR))
-    "bce": (adversarial_loss, discriminator_loss),
-    "wasserstein": (lambda D, sr, hr: -D(sr).mean(),             # Gulrajani et al. 2017, Eq. 3
-                    lambda fake, real: fake.mean() - real.mean()),
-    "relativistic": (relativistic_adversarial_loss,              # Wang et al. 2018, Eq. 1
-                     lambda fake, real: discriminator_loss(fake - real.mean(), real - fake.mean())),
-}
 PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # settings: weights
-
-
-def shifted(step, shift):
-    """A step of Update, for which SR and HR are rolled together by 0 to `shift` random pixels.
-
-    Without it, strides in D and pooling in phi favour some positions, and G learns their pattern.
-    """
-    def shifted_step(sr, hr):
-        move = torch.randint(shift + 1, (2,)).tolist()
-        return step(sr.roll(move, (2, 3)), hr.roll(move, (2, 3)))
-    return shifted_step
-
-
-def critic_steps(update, *batches):
-    """Gulrajani et al. 2017: several steps of D, each with its own batch, for each step of G."""
-    *earlier, lr, hr = batches                                   # LR, HR, LR, HR, ...
-    for early_lr, early_hr in zip(earlier[::2], earlier[1::2]):
-        with torch.no_grad():
-            sr = update.G(early_lr)
-        update.update_discriminator(sr, early_hr)
-    return update(lr, hr)
 
 
 # ==================================================================================================
@@ -1335,11 +1817,10 @@ class Fast(nn.Module):
 
     def __init__(self, network, precision="fp32"):
         super().__init__()
-        self.network, self.precision = network, precision
+        self.network = network
+        self.precision = precision
         for module in network.modules():
-            if type(module) is nn.PReLU:
-                module.__class__ = FastPReLU
-            elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
+            if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
                 module.inplace = True
         if isinstance(network, ContentNetwork) and precision == "bf16":
             network.features.bfloat16()                          # once, not at each call
@@ -1362,68 +1843,155 @@ def enlarge(generator, x):
 
     PReLU treats each value by itself, so the last shuffle can move behind it, and behind the tail.
     """
-    *layers, _, activation = generator.upsample
-    for layer in layers:
-        x = layer(x)                                             # [N, 256, 2h, 2w]
-    return generator.output(conv_of_shuffled(activation(x), generator.tail).float())
+    if isinstance(generator.tail, nn.Conv2d):                    # as drawn in Fig. 4
+        *layers, shuffle, activation = generator.upsample
+        for layer in layers:
+            x = layer(x)                                         # [N, 256, 2h, 2w]
+        weight, bias, padding = rearranged(generator.tail)
+        x = shuffle(F.conv2d(activation(x), weight, bias, padding=padding))
+    else:                                                        # by optimize_for_inference
+        x = generator.tail(generator.upsample(x))
+    return generator.output(x.float())
 
 
-def conv_of_shuffled(x, conv, r=2):
-    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: [N, c r^2, h, w] -> [N, n, rh, rw].
+def rearranged(conv, r=2):
+    """(weight, bias, padding) of the convolution that computes conv(F.pixel_shuffle(x, r)) before
+    the shuffle: [N, c r^2, h, w] -> [N, n r^2, h, w].
 
     An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
     pixels around it. So k x k weights for c maps, shifted by the position and unshuffled, become
     weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12 maps, after which
     3 large maps are shuffled instead of 64.
     """
-    k, p = conv.kernel_size[0], conv.padding[0]
+    k = conv.kernel_size[0]
+    p = conv.padding[0]
     reach = math.ceil(p / r)                                     # in LR pixels
     side = r * (2 * reach + 1)                                   # 9x9 weights shift in 10x10
     shifts = range(r * reach - p, r * reach - p + r)
-    shifted = [F.pad(conv.weight, (left, side - k - left, top, side - k - top))
-               for top in shifts for left in shifts]             # [3, 64, 10, 10] each
+    shifted = []
+    for top in shifts:
+        for left in shifts:
+            margins = (left, side - k - left, top, side - k - top)
+            shifted.append(F.pad(conv.weight, margins))          # [3, 64, 10, 10]
     weight = F.pixel_unshuffle(torch.stack(shifted, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = conv.bias.repeat_interleave(r * r)
-    return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=reach), r)
-
-
-class FastPReLU(nn.PReLU):
-    """PReLU with one slope; on the CPU its gradient takes half as long as torch's."""
-
-    def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return PReLUFunction.apply(x, self.weight)
-        return super().forward(x)
-
-
-class PReLUFunction(torch.autograd.Function):
-    """max(0, x) + a min(0, x), and its gradients with respect to x and a."""
-
-    @staticmethod
-    def forward(ctx, x, a):
-        ctx.save_for_backward(x, a)
-        return F.leaky_relu(x, a.item())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, a = ctx.saved_tensors
-        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)
-        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
+    return weight, conv.bias.repeat_interleave(r * r), reach
 
 
 def optimize_for_inference(generator):
-    """A copy that computes the same, with BN folded into the convolutions, PReLU as LeakyReLU."""
+    """A frozen copy that computes the same, faster.
+
+    BN is folded into the convolutions, PReLU and sums are computed with them, and the tail is
+    rearranged. The copy's forward() is fast, too, and so is what is exported from it.
+    """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    for layers in (generator.head, generator.fuse, generator.upsample,
-                   *[block.body for block in generator.blocks]):
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[i - 1] = nn.utils.fuse_conv_bn_eval(layers[i - 1], layer)
-                layers[i] = nn.Identity()
-            elif isinstance(layer, nn.PReLU):
-                layers[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+    generator.head = fuse(generator.head)
+    generator.fuse = fuse(generator.fuse)
+    for i, block in enumerate(generator.blocks):
+        if isinstance(block, ResidualBlock):
+            generator.blocks[i] = FusedResidualBlock(block)
+
+    # The last shuffle moves behind the tail.
+    layers = fuse(generator.upsample)
+    weight, bias, padding = rearranged(generator.tail)
+    tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
+    tail.weight = nn.Parameter(weight, requires_grad=False)
+    tail.bias = nn.Parameter(bias, requires_grad=False)
+    generator.upsample = layers[:-1]
+    generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
     return generator
+
+
+def fuse(layers):
+    """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
+    fused = nn.Sequential()
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            conv = FusedConv(layer)
+            fused.append(conv)
+        elif isinstance(layer, nn.BatchNorm2d):
+            conv.conv = nn.utils.fuse_conv_bn_eval(conv.conv, layer)
+        elif isinstance(layer, nn.PReLU):
+            conv.slope = layer.weight.item()                     # before a shuffle is as good
+        else:
+            fused.append(layer)
+    return fused
+
+
+class FusedResidualBlock(nn.Module):
+    """ResidualBlock as two fused convolutions."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.second = fuse(block.body)
+
+    def forward(self, x):
+        return self.second(self.first(x), plus=x)
+
+
+class FusedConv(nn.Module):
+    """A frozen convolution and what follows it: a LeakyReLU of this slope, or a sum.
+
+    On a CPU, oneDNN computes both in one pass, from weights that are packed once. torch has this
+    for torch.compile only, in private operators. Where they are missing or refuse, torch computes
+    one after the other, with the same result.
+    """
+
+    def __init__(self, conv, slope=None):
+        super().__init__()
+        self.conv = conv
+        self.slope = slope
+        self.packed = {}                                         # {dtype: (weight, bias)}
+
+    def forward(self, x, plus=None):
+        """LeakyReLU(conv(x)), or conv(x) + plus."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        if self.may_fuse(x, dtype):
+            try:
+                return self.fused(x, plus, dtype)
+            except (AttributeError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                self.packed[dtype] = None                        # never again
+        x = self.conv(x)
+        if self.slope is not None:
+            x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
+        if plus is not None:
+            x = plus + x
+        return x
+
+    def may_fuse(self, x, dtype):
+        """Whether the private operators may serve: they have no gradients and no exported form.
+
+        torch computes small inputs without oneDNN; so does this, for the same rounding.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" and x.numel() > 20480 and self.packed.get(dtype, True)
+
+    def fused(self, x, plus, dtype):
+        conv = self.conv
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        if dtype not in self.packed:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(dtype), *geometry)
+            bias = None if conv.bias is None else conv.bias.to(dtype)
+            self.packed[dtype] = (weight, bias)
+        layer = (*self.packed[dtype], *geometry)
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        x = x.to(dtype)
+        if plus is not None:
+            return convolution.binary(x, plus.to(dtype), *layer, "add", 1.0, None, [], None)
+        if self.slope is not None:
+            return convolution(x, *layer, "leaky_relu", [self.slope], "")
+        return convolution(x, *layer, "none", [], "")
+
+    def __getstate__(self):
+        """For copies and pickles: packed weights can be neither copied nor saved."""
+        return {**self.__dict__, "packed": {}}
 
 
 def pick_device(name="auto"):
@@ -1443,13 +2011,56 @@ def pick_precision(device, name="auto"):
     if name != "auto":
         return name
 
-    def seconds(dtype):
-        x, conv = (thing.to(device, dtype, memory_format=torch.channels_last)
-                   for thing in (torch.zeros(4, 64, 64, 64), nn.Conv2d(64, 64, 3, padding=1)))
-        with torch.inference_mode():                             # item() waits for the device
-            return min(timeit.repeat(lambda: conv(x)[0, 0, 0, 0].item(), number=1, repeat=8,
-                                     timer=time.perf_counter))
     try:
-        return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+        faster = time_convolution(device, torch.bfloat16) < time_convolution(device, torch.float32)
     except RuntimeError:                                         # no bf16
         return "fp32"
+    return "bf16" if faster else "fp32"
+
+
+@torch.inference_mode()
+def time_convolution(device, dtype):
+    """How many seconds a small convolution takes in this dtype: the shortest of eight times."""
+    x = torch.zeros(4, 64, 64, 64).to(device, dtype, memory_format=torch.channels_last)
+    conv = nn.Conv2d(64, 64, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        conv(x)[0, 0, 0, 0].item()                               # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def demonstrate():
+    """Build both networks and take one step of each stage on random patches, on the CPU."""
+    torch.manual_seed(0)
+    G = Generator()
+    D = Discriminator()
+    phi = TruncatedVGG19("2_2", weights="random")                 # nothing is downloaded
+    adam_G = torch.optim.Adam(G.parameters(), lr=1e-4)
+    adam_D = torch.optim.Adam(D.parameters(), lr=1e-4)
+    lr = torch.rand(2, 3, 24, 24)                                 # LR in [0, 1]
+    hr = torch.rand(2, 3, 96, 96) * 2 - 1                         # HR in [-1, 1]
+    print(f"G: {count_parameters(G):,} parameters, {list(lr.shape)} -> {list(G(lr).shape)}")
+    print(f"D: {count_parameters(D):,} parameters, {list(hr.shape)} -> {list(D(hr).shape)}")
+
+    losses = srresnet_step(G, adam_G, mse_loss, lr, hr)
+    print("a step of SRResNet: " + describe_losses(losses))
+
+    # D's loss is near 2 log 2, as D has learnt nothing yet. G's adversarial loss is large, because
+    # it is computed by the D that has just learnt from this very batch.
+    vgg_loss = functools.partial(content_loss, phi)
+    losses = srgan_step(G, D, adam_G, adam_D, vgg_loss, lr, hr)
+    print("a step of SRGAN: " + describe_losses(losses))
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def describe_losses(losses):
+    return ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
+
+
+if __name__ == "__main__":
+    demonstrate()

@@ -9,7 +9,7 @@ neighbouring pairs, with the range of the middle half of them.
     upscale      images of 128x128 and 256x256
     precision    --precision auto against fp32 and against bf16: neither should be faster
 
-The baseline of the first two is "plain": the same srgan.Update and networks without section 9, that
+The baseline of the first two is "plain": the same steps and networks without section 9, that
 is fp32, channels-first, eager, Fig. 4 as drawn. Measured on 2 cores of an AMD EPYC with
 AVX512-BF16, torch 2.14, shared with other work; no GPU has been measured:
 
@@ -49,27 +49,29 @@ def seconds(function, device):
 def make_update(device, stage, form):
     """A function that makes one update of 16 patches of 96x96; form: "plain" or a precision."""
     plain = form == "plain"
+    precision = "fp32" if plain else form
     args = train.parse_args(["--data", "x", "--stage", stage, "--feature-weights", "random",
-                             "--precision", "fp32" if plain else form])
-    config = train.resolve_config(args)
-    train.set_up_arithmetic(device, config)
-    networks = train.make_networks(args, config, None, device)
+                             "--precision", precision])
+    settings = train.resolve_settings(args)
+    train.set_up_arithmetic(device, settings)
+    networks = train.make_networks(settings, stage, None, device)
     layout = torch.contiguous_format if plain else torch.channels_last
     lr = torch.rand(16, 3, 24, 24, device=device).contiguous(memory_format=layout)
     hr = (torch.rand(16, 3, 96, 96, device=device) * 2 - 1).contiguous(memory_format=layout)
     if not plain:
-        state = train.State(networks, config[stage], device)
-        return functools.partial(train.make_update(config, stage, state, device), lr, hr)
-    G, D = (network and network.to(memory_format=layout)
-            for network in (networks["generator"], networks.get("discriminator")))
+        values = train.stage_settings(settings, stage)
+        tools = train.make_tools(settings, stage, train.State(networks, values, device), device)
+        return functools.partial(train.update, tools, [(lr, hr)])
+
+    G = networks["generator"].to(memory_format=layout)
     adam_G = torch.optim.Adam(G.parameters(), 1e-4)
     if stage == "srresnet":
-        update = srgan.Update(G, adam_G, {"pixel": (1.0, srgan.mse_loss)})
-    else:
-        phi = srgan.TruncatedVGG19("5_4", "random").to(device)
-        losses = {"content": (1.0, functools.partial(srgan.content_loss, phi))}
-        update = srgan.Update(G, adam_G, losses, D, torch.optim.Adam(D.parameters(), 1e-4))
-    return functools.partial(update, lr, hr)
+        return functools.partial(srgan.srresnet_step, G, adam_G, srgan.mse_loss, lr, hr)
+    D = networks["discriminator"].to(memory_format=layout)
+    adam_D = torch.optim.Adam(D.parameters(), 1e-4)
+    phi = srgan.TruncatedVGG19("5_4", "random").to(device)
+    content = functools.partial(srgan.content_loss, phi)
+    return functools.partial(srgan.srgan_step, G, D, adam_G, adam_D, content, lr, hr)
 
 
 def make_upscale(device, side, form):

@@ -1,5 +1,7 @@
+import contextlib
 import ctypes
 import importlib
+import random
 import signal
 import sys
 from pathlib import Path
@@ -12,26 +14,45 @@ from PIL import Image
 import srgan
 
 ROOT = Path(__file__).parents[1]
-OLD = ROOT / "tests" / "old"
 TINY = ("--set", "channels=8", "--set", "n_blocks=1", "--set", "patch_size=32",
-        "--batch-size", "4", "--set", "lpips=false", "--set", "content_network=vgg19:2_2",
+        "--set", "batch_size=4", "--set", "lpips=false", "--set", "content_network=vgg19:2_2",
         "--set", "content_weights=random")
 SMALL = (*TINY, "--set", "content_network=vgg19:1_1", "--set", "discriminator.channels=[8,8,16,16]",
          "--device", "cpu", "--precision", "fp32")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--threads", type=int, default=1, help="of torch (1: tensors are small)")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.option.threads)
+
+
+def pytest_report_header(config):
+    return f"order: --shuffle {config.option.shuffle}; --threads {config.option.threads}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.shuffle is not None:
+        random.Random(config.option.shuffle).shuffle(items)
+
+
 def photo(h, w, seed=0):
     """An image with detail of every size, as photos have: uint8 [h, w, 3]."""
-    rng, total = np.random.default_rng(seed), 0
+    rng = np.random.default_rng(seed)
+    total = np.full((h, w, 3), 128.0)
     for level in range(6):
         small = rng.standard_normal((2 + (h >> level), 2 + (w >> level), 3)) * 20 * 1.4 ** level
-        layer = [Image.fromarray(small[:, :, c].astype(np.float32))
-                 .resize((w, h), Image.Resampling.BICUBIC) for c in range(3)]
-        total = total + np.stack(layer, 2)
-    return np.clip(total + 128, 0, 255).astype(np.uint8)
+        for c in range(3):
+            layer = Image.fromarray(small[:, :, c].astype(np.float32))
+            total[:, :, c] += layer.resize((w, h), Image.Resampling.BICUBIC)
+    return np.clip(total, 0, 255).astype(np.uint8)
 
 
 def randomised(network, std=0.2):
+    """The network, with all its parameters drawn anew."""
     for p in network.parameters():
         torch.nn.init.normal_(p, std=std)
     return network
@@ -70,9 +91,8 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch, tmp_path):
-    """A fixed seed, one thread (tensors are small), and a torch cache of the test's own."""
+    """A fixed seed, and a torch cache of the test's own."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     srgan.load_lpips.cache_clear()
 
@@ -80,9 +100,12 @@ def reproducible(monkeypatch, tmp_path):
 @pytest.fixture
 def generator():
     """A small generator in eval mode: random weights, batch norms with real statistics."""
-    g = srgan.Generator(channels=8, n_blocks=3)
+    g = srgan.Generator(channels=8, n_blocks=3, tanh=True)
     for p in g.parameters():
-        torch.nn.init.normal_(p, std=0.15) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.1, 0.5)
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.15)
+        else:
+            torch.nn.init.uniform_(p, 0.1, 0.5)
     for _ in range(3):
         g.train()(torch.rand(4, 3, 24, 24))
     return g.eval()
@@ -92,8 +115,30 @@ def generator():
 def start(tmp_path):
     """A checkpoint to start from, with random weights: all parameters have a gradient."""
     torch.manual_seed(1)
-    srgan.save_checkpoint(tmp_path / "start.pth", srgan.Generator(channels=8, n_blocks=1))
+    generator = srgan.Generator(channels=8, n_blocks=1, tanh=True)
+    srgan.save_checkpoint(tmp_path / "start.pth", generator)
     return tmp_path / "start.pth"
+
+
+def release_locks():
+    """What the end of a process does: its run folder may be written to again."""
+    if "train" in sys.modules:
+        locks = sys.modules["train"].LOCKS
+        while locks:
+            locks.pop().release()
+
+
+@contextlib.contextmanager
+def kept_signals():
+    """Undo what a script changes: what signals do."""
+    handlers = {}
+    for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
+        handlers[number] = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -101,18 +146,31 @@ def script(monkeypatch, capsys, tmp_path):
     """script("train", "--data", ...) runs a script in tmp_path: (exit status, stdout, stderr).
 
     If it did nothing but fail, its message must be one line: the last, which begins with its name.
+    Curves are not drawn, which would take longer than the training: see test_train.py.
     """
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, *srgan.STOP_SIGNALS)}
+    monkeypatch.setattr("train.draw_curves", lambda rows, path: path.touch())
 
     def call(name, *args):
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            srgan.run(module.main)
-        status, (out, err) = exit.value.code or 0, capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as exit:
+                srgan.run(module.main)
+        finally:
+            release_locks()
+        status = exit.value.code or 0
+        out, err = capsys.readouterr()
         assert status != 2 or out or err.splitlines()[-1].startswith(f"{name}.py: "), err
         return status, out, err
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with kept_signals():
+        yield call
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All that is computed in float32 is in float64: two ways to compute the same agree to 1e-9."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

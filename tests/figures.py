@@ -5,6 +5,8 @@
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import srgan  # noqa: E402
@@ -13,7 +15,7 @@ generators = {title: srgan.load_generator(ROOT / f"weights/{title.lower()}.pth")
               for title in ("SRResNet", "SRGAN")}
 for name, path, _ in srgan.find_pairs(ROOT / "figures"):
     lr, hr = srgan.open_pair(path)
-    images = {"nearest neighbour": srgan.upsample(lr, method=srgan.Image.Resampling.NEAREST),
+    images = {"nearest neighbour": srgan.upsample(lr, method=Image.Resampling.NEAREST),
               "bicubic": srgan.upsample(lr)}
     images |= {title: srgan.upscale(g, lr) for title, g in generators.items()}
     images["original"] = hr

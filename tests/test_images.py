@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import photo
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFilter
 
 import srgan
 
@@ -41,22 +41,63 @@ def test_tiffs_of_every_orientation_and_mode_open_upright(tmp_path, orientation,
         assert np.abs(np.asarray(opened) - expected * 1.0).max() <= (mode == "CMYK"), mode
 
 
-def save_tiff(path, mode, pixels, tag, value):
-    """Save a TIFF with another 16-bit number in its directory."""
-    Image.frombytes(mode, (7, 5), pixels.tobytes()).save(path, tiffinfo={339: 1})
-    before, entry, after = path.read_bytes().partition(struct.pack("<HHI", tag, 3, 1))
-    path.write_bytes(before + entry + struct.pack("<H", value) + after[2:])
+def write_tiff(path, pixels, kind=1, light=2, planar=1):
+    """A plain TIFF of an array [h, w, n], with the tags 339, 262 and 284; Pillow writes few."""
+    h, w, n = pixels.shape
+    bits = 8 * pixels.itemsize
+    strips = pixels.transpose(2, 0, 1) if planar == 2 else pixels[None]
+    offsets = [8 + i * strips[0].nbytes for i in range(len(strips))]
+    tags = {256: [w], 257: [h], 258: [bits] * n, 259: [1], 262: [light], 273: offsets, 277: [n],
+            278: [h], 279: [strips[0].nbytes] * len(strips), 284: [planar], 339: [kind] * n}
+    content, entries = strips.tobytes(), b""
+    for tag, values in tags.items():
+        value = struct.pack(f"<{len(values)}L", *values)
+        if len(values) > 1:
+            content, value = content + value, struct.pack("<L", 8 + len(content))
+        entries += struct.pack("<HHL", tag, 4, len(values)) + value
+    path.write_bytes(b"II*\0" + struct.pack("<L", 8 + len(content)) + content
+                     + struct.pack("<H", len(tags)) + entries + bytes(4))
     return path
 
 
-def test_tiffs_may_be_white_at_0_but_not_of_12_bits_signed_or_float(tmp_path):
-    path = tmp_path / "a.tif"
-    assert is_opened_as(save_tiff(path, "L", 255 - GREY, 262, 0), "L", GREY)
-    assert is_opened_as(save_tiff(path, "I;16", 65535 - GREY_16, 262, 0), "L", GREY)
-    for mode, dtype, tag, value in (("I;16", "u2", 258, 12), ("I;16", "u2", 339, 2),
-                                    ("I", "i4", 339, 2), ("I", "i4", 339, 1), ("F", "f4", 339, 3)):
-        with pytest.raises(srgan.InputError, match="a.tif.*only unsigned 8-bit and 16-bit images"):
-            srgan.open_image(save_tiff(path, mode, GREY.astype(dtype), tag, value))
+def test_tiffs_of_8_and_16_bits_open_with_white_at_0_or_plane_by_plane(tmp_path):
+    """open_image, where Pillow decodes what was written."""
+    path, rgb = tmp_path / "a.tif", INKS[..., :3]
+    assert is_opened_as(write_tiff(path, rgb, planar=2), "RGB", rgb)
+    assert is_opened_as(write_tiff(path, LEVELS[..., :3] * 257), "RGB", rgb)
+    assert is_opened_as(write_tiff(path, 255 - GREY[..., None], light=0), "L", GREY)
+
+
+@pytest.mark.parametrize("n, dtype, tags, words", [
+    (3, "u2", {"planar": 2}, "16-bit colours are stored plane by plane"),   # Pillow: noise
+    (1, "u2", {"light": 0}, "16-bit, and 0 is white"),                      # Pillow: a negative
+    (1, "i1", {"kind": 2, "light": 1}, "8-bit and signed"),
+    (1, "i2", {"kind": 2, "light": 1}, "16-bit and signed"),
+    (1, "u4", {"light": 1}, "32-bit and unsigned"),
+    (1, "f4", {"kind": 3, "light": 1}, "32-bit and floating-point"),
+    (3, "f4", {"kind": 3}, "other pixels than integers of up to 16 bits")])
+def test_tiffs_that_pillow_misreads_or_does_not_know_say_what_they_are(tmp_path, n, dtype, tags,
+                                                                       words):
+    """open_image."""
+    pixels = LEVELS[..., :n].astype(dtype)
+    with pytest.raises(srgan.InputError, match=f"a.tif: .*{words}"):
+        srgan.open_image(write_tiff(tmp_path / "a.tif", pixels, **tags))
+
+
+@pytest.mark.parametrize("name", ["a.jp2", "a.tga", "a.ico", "a.dds", "a.apng", "a.jpe",
+                                  "a.pnm", "a.qoi", "a.avif", "a.mpo", "a.heic", "a.jxl"])
+def test_formats_that_pillow_and_its_plug_ins_decode_are_found_and_opened(tmp_path, name):
+    """find_images and open_image."""
+    if name in ("a.heic", "a.jxl"):
+        pytest.importorskip({"a.heic": "pillow_heif", "a.jxl": "pillow_jxl"}[name])
+    path, ending = tmp_path / name, Path(name).suffix
+    form = srgan.readable_formats().get(ending)
+    if form not in Image.SAVE:
+        pytest.skip("this version of Pillow does not write it")
+    image = Image.fromarray(photo(32, 32)).filter(ImageFilter.GaussianBlur(4))
+    image.save(path, form)
+    assert srgan.find_images(tmp_path) == [path]
+    assert np.abs(np.subtract(srgan.open_rgb(path), image, dtype=int)).mean() < 4
 
 
 def test_16_bit_grey_pngs_stay_grey_and_keep_their_transparency(tmp_path):
@@ -100,19 +141,81 @@ def test_orientation_is_applied_and_broken_exif_is_ignored(tmp_path, name):
     for data in (exif, b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", exif.tobytes()[:20]):
         image.save(tmp_path / name, exif=data)
         opened = srgan.open_image(tmp_path / name)
-        assert opened.size == ((16, 40) if data is exif else (40, 16)) and not opened.getexif()
+        assert opened.size == ((16, 40) if data is exif else (40, 16))
+        assert opened.getexif().get(0x0112, 1) == 1
 
 
 def test_files_that_are_no_images_are_refused_in_one_line(tmp_path):
-    Image.fromarray(photo(32, 32)).save(tmp_path / "ico.png", "ICO")
+    Image.fromarray(photo(32, 32)).save(tmp_path / "pdf.png", "PDF")
     Image.fromarray(photo(64, 64)).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 2000)
     for name, content in (("empty", ""), ("text", "hello"), ("eps", "%!PS-Adobe-3.0 EPSF-3.0\n")):
         (tmp_path / f"{name}.png").write_text(content)
-    for name in ("empty.png", "text.png", "eps.png", "cut.png", "ico.png", "none.png"):
+    for name in ("empty.png", "text.png", "eps.png", "cut.png", "pdf.png", "none.png"):
         with pytest.raises(srgan.InputError, match=f"{name}: cannot be read") as error:
             srgan.open_image(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, package", [("a.heic", "pillow-heif"), ("a.jxl", "pillow-jxl-plug"),
+                                           ("a.avif", "pillow>=11.3")])
+def test_what_to_install_is_said_for_a_file_and_in_a_folder(tmp_path, monkeypatch, capsys, name,
+                                                            package):
+    """open_image and find_images without a plug-in."""
+    monkeypatch.setattr(srgan, "readable_formats", lambda: {".png": "PNG"})
+    (tmp_path / name).write_bytes(b"an image")
+    save(tmp_path / "b.png")
+    with pytest.raises(srgan.InputError, match=f"pip install .*{package}"):
+        srgan.open_image(tmp_path / name)
+    assert srgan.find_images(tmp_path) == [tmp_path / "b.png"]
+    assert f"pip install {srgan.INSTALL[Path(name).suffix]}" in capsys.readouterr().err
+
+
+def test_every_file_in_a_folder_is_an_image_or_counted_unless_it_is_hidden(tmp_path, capsys):
+    """find_images."""
+    for name in ("a.PNG", "b/c.jpe", ".hidden.png", ".thumbnails/d.png", "@eaDir/e.png", "f.txt",
+                 "b/g.txt", "b/README", "h.cr3", ".Trash-1000/i.txt", "._a.png"):
+        save(tmp_path / name, form="JPEG")
+    (tmp_path / "gone.png").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe.png")                             # opening it would never end
+    assert srgan.find_images(tmp_path) == [tmp_path / "a.PNG", tmp_path / "b/c.jpe"]
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "skipped 6 files" in line
+    assert "2 .txt" in line and "1 .cr3" in line and "2 .png" in line and "1 without" in line
+    assert srgan.find_images(tmp_path / ".thumbnails") == [tmp_path / ".thumbnails/d.png"]
+
+
+def test_linked_folders_are_entered_once_and_loops_end(tmp_path):
+    """find_images."""
+    save(tmp_path / "in/a.png"), save(tmp_path / "elsewhere/b.png")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/c.png").symlink_to(tmp_path / "in/a.png")
+    found = [path.name for path in srgan.find_images(tmp_path / "in")]
+    assert sorted(found) == ["a.png", "b.png", "c.png"]
+
+
+def test_what_is_left_behind_and_colours_that_may_differ_are_noted(tmp_path):
+    """notes_on, by open_image."""
+    image, path = Image.fromarray(photo(16, 16)), tmp_path / "a.png"
+
+    def notes(name, **options):
+        image.save(tmp_path / name, **options)
+        return srgan.open_image(tmp_path / name).info["notes"]
+    more = {"save_all": True, "append_images": [image.rotate(90)]}
+    for name in ("a.tif", "a.gif", "a.webp", "a.png", "a.mpo"):
+        assert ["only its first picture" in note for note in notes(name, **more)] == [True], name
+        assert notes(name) == []
+    for chunk, data, n in ((b"gAMA", [45455], 0), (b"gAMA", [100000], 1),
+                           (b"cHRM", [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000], 0),
+                           (b"cHRM", [31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000], 1)):
+        image.save(path)
+        chunk += struct.pack(f">{len(data)}L", *data)
+        chunk = struct.pack(">L", 4 * len(data)) + chunk + struct.pack(">L", zlib.crc32(chunk))
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + chunk + content[33:])    # behind IHDR
+        assert ["gAMA" in note for note in srgan.open_image(path).info["notes"]] == [True] * n
 
 
 def bicubic_formula(hr, scale):
@@ -178,35 +281,9 @@ def test_the_gaussian_kernel_has_its_sigma_and_is_centred_on_each_lr_pixel(scale
         srgan.downsample(hr[:, :, 1:], scale)
 
 
-def save(path, h=16, w=16):
+def save(path, h=16, w=16, form=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(photo(h, w)).save(path)
-
-
-def test_pairs_are_found_by_stem_and_usual_endings(tmp_path):
-    for stem, lr in (("a", "ax4"), ("b", "b_LR"), ("c", "c"), ("img_SRF_4_HR", "img_SRF_4_LR"),
-                     ("max2", "max2x4"), ("max3", "max3_x4")):   # HR names that look like LR names
-        save(tmp_path / f"HR/{stem}.png", 9, 9), save(tmp_path / f"elsewhere/{lr}.png", 2, 2)
-        save(tmp_path / f"LR_bicubic_x4/{stem}.png", 2, 2)
-    assert {lr.parent.name for _, _, lr in srgan.find_pairs(tmp_path)} == {"LR_bicubic_x4"}
-    found = srgan.find_pairs(tmp_path, tmp_path / "elsewhere")
-    assert [lr.stem for *_, lr in found] == ["ax4", "b_LR", "c", "img_SRF_4_LR", "max2x4",
-                                             "max3_x4"]
-    assert {lr for *_, lr in srgan.find_pairs(tmp_path / "HR")} == {None}
-    assert srgan.open_pair(tmp_path / "HR/a.png")[0].shape == (2, 2, 3)
-    (tmp_path / "elsewhere/b_LR.png").unlink()
-    with pytest.raises(srgan.InputError, match="b.png"):
-        srgan.find_pairs(tmp_path, tmp_path / "elsewhere")
-    with pytest.raises(srgan.InputError, match="expected 4x4"):
-        srgan.open_pair(tmp_path / "HR/a.png", tmp_path / "LR_bicubic_x4/a.png", scale=2)
-
-
-@pytest.mark.parametrize("hr, lr", [("i_HR.png", "i_LR.png"), ("i.png", "ix4.png"),
-                                    ("Set5/HR/i.png", "Set5/LR_bicubic/X4/i.png")])
-def test_a_folder_that_mixes_hr_and_lr_is_refused(tmp_path, hr, lr):
-    save(tmp_path / hr), save(tmp_path / lr, 4, 4)
-    with pytest.raises(srgan.InputError, match="LR images"):
-        srgan.find_pairs(tmp_path)
+    Image.fromarray(photo(h, w)).save(path, form)
 
 
 def test_8_bit_images_survive_the_way_into_tensors_and_back():

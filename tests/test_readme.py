@@ -13,24 +13,26 @@ import srgan
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+TRAINING = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
 CONFIG = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
 EQUATIONS = {  # words of its row; the line of code with its number, and the function it stands in
-    1: ("what G minimises", "minimize(loss, self.adam_G)", "update_generator"),
-    2: ("min-max game", "softplus(-real).mean() + F.softplus(fake).mean()", "discriminator_loss"),
-    3: ("plus 10^-3 adversarial", "content + weight * adversarial", "perceptual_loss"),
+    1: ("what G minimises", "minimize(l_sr, adam_G)", "srgan_step"),
+    2: ("min-max game", "loss = d_loss(real, fake)", "discriminator_step"),
+    3: ("plus 10^-3 adversarial", "l_x + weight * l_gen", "perceptual_loss"),
     4: ("pixel MSE", "(hr - sr).square().mean()", "mse_loss"),
     5: ("VGG19's feature maps", "(phi(hr) - phi(sr)).square().mean()", "content_loss"),
-    6: ("adversarial loss", "F.softplus(-D(sr)).mean()", "adversarial_loss"),
+    6: ("adversarial loss", "-F.logsigmoid(D(sr)).mean()", "adversarial_loss"),
 }
 
 
-def section(title):
-    return re.search(rf"^## {title}$(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+def section(title, page=README):
+    return re.search(rf"^## {title}$(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
 
 
-def table(title, head=""):
+def table(title, head="", page=README):
     """The rows of the section's table whose head begins with `head`, as lists of cells."""
-    text = section(title)[section(title).index(f"| {head}"):].split("\n\n")[0]
+    text = section(title, page)
+    text = text[text.index(f"| {head}"):].split("\n\n")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 
 
@@ -43,7 +45,7 @@ def functions(text):
 @pytest.mark.parametrize("number", EQUATIONS)
 def test_each_equation_is_a_line_of_code_where_the_table_says(number):
     words, formula, function = EQUATIONS[number]
-    what, where = {row[0]: row[1:] for row in table("From the paper to the code")}[f"Eq. {number}"]
+    what, where = {row[0]: row[1:] for row in table("How to read this code", "paper")}[f"Eq. {number}"]
     sources = {name.split(".")[-1]: inspect.getsource(f) for name, f in functions(where).items()}
     assert words in what and any(formula in line and re.search(rf"# .*Eq\. {number}\b", line)
                                  for line in sources[function].splitlines())
@@ -55,26 +57,26 @@ def test_the_functions_settings_and_options_that_the_readme_names_exist():
     args = ["--data", "x", "--stage", "gan"]
     for change in re.findall(r"(?:`|--set )([a-z_.]+=[^`\s]+)`", README):
         args += ["--set", change]                                # refused where it does not exist
-    assert len(args) > 20 and train.resolve_config(train.parse_args(args))
+    assert len(args) > 20 and train.resolve_settings(train.parse_args(args))
     names = re.findall(r"`(.*?)`", "".join(row[0] for row in table("Train", "setting")))
-    assert len(names) >= 12 and {*names} <= train.settings(CONFIG["base"]).keys()
+    assert len(names) >= 12 and {*names} <= train.flatten(CONFIG["settings"]).keys()
     code = {path.stem: path.read_text("utf-8") for path in ROOT.glob("*.py")}
     for script, rest in re.findall(r"(\w+)\.py ([^`#\n]*)", README.replace(" --help", "")):
         assert all(f'"{name}"' in code[script] for name in re.findall(r"(?<!\S)--[a-z-]+", rest))
     assert all(f'"{name}"' in str(code) for name in re.findall(r"`(--[\w-]+)", README))
 
 
-def test_every_preset_is_in_the_readme_and_strict_undoes_the_first_five_departures():
-    presets = re.findall(r"`(.*?)`", "".join(row[1] for row in table("Train", "source | preset")))
+def test_every_preset_is_described_and_strict_undoes_the_first_five_departures():
+    presets = re.findall(r"`(.*?)`", "".join(row[1] for row in table("Presets", "source | preset", TRAINING)))
     assert sorted(presets) == sorted(CONFIG["presets"])
     assert CONFIG["presets"].keys() >= {*re.findall(r"--preset ([a-z][\w-]+)", README)}
     rows = table("Where it departs from the paper")[:5]
     assert dict(re.findall(r"`(\w+)=(\w+)`", str(rows))) == {
         name: json.dumps(value).strip('"').removesuffix(".0")
-        for name, value in CONFIG["presets"]["strict"].items() if name != "about"}
+        for name, value in CONFIG["presets"]["strict"]["changes"].items()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "docs/TRAINING.md"])
 def test_links_to_files_resolve(page):
     text, folder = (ROOT / page).read_text("utf-8"), (ROOT / page).parent
     links = [folder / link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]

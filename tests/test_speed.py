@@ -1,5 +1,7 @@
 """Section 9: the fast forms compute what Fig. 4 and torch compute."""
 import copy
+import pickle
+import types
 
 import pytest
 import torch
@@ -18,23 +20,23 @@ def gradients(network, x):
 
 @pytest.mark.parametrize("block, scale", [("residual", 2), ("residual", 4), ("residual", 8),
                                           ("rrdb", 4)])
-def test_the_fast_generator_has_the_values_and_gradients_of_figure_4(block, scale):
+def test_the_fast_generator_has_the_values_and_gradients_of_figure_4(double, block, scale):
     drawn = randomised(srgan.make_generator(block, scale=scale, channels=8, n_blocks=2))
     fast, x = srgan.Fast(copy.deepcopy(drawn)), torch.rand(2, 3, 6, 5)
     expected = gradients(drawn, x)
     for ours, theirs in zip(gradients(fast, x), expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-12
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
     assert expected[0].std() > 0.1
     assert list(fast.network.state_dict()) == list(drawn.state_dict())
     for ours, theirs in zip(fast.network.buffers(), drawn.buffers()):    # batch norm's statistics
-        assert torch.allclose(ours.float(), theirs.float(), rtol=1e-5)
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=0)
 
 
 def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
     x, hr = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16)
     for network, images in ((randomised(srgan.Generator(channels=8, n_blocks=1)).eval(), x),
                             (srgan.TruncatedVGG19("2_1", "random"), hr),
-                            (srgan.Discriminator(16, (4, 4, 8, 8)), hr)):
+                            (srgan.VariantDiscriminator(16, (4, 4, 8, 8)).eval(), hr)):
         expected, fast = network(images), srgan.Fast(network, "bf16")
         result = fast(images)
         assert result.dtype == torch.float32 and not torch.equal(result, expected)
@@ -44,7 +46,7 @@ def test_fast_networks_share_their_parameters_and_give_float32_in_bf16():
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
-def test_optimizing_for_inference_changes_the_layers_but_not_the_function(block):
+def test_optimizing_for_inference_changes_the_layers_but_not_the_function(double, block):
     g, x = srgan.make_generator(block, channels=8, n_blocks=2), torch.rand(2, 3, 20, 20)
     randomised(g)(x)                                             # updates batch norm's statistics
     state = copy.deepcopy(g.eval().state_dict())
@@ -52,7 +54,92 @@ def test_optimizing_for_inference_changes_the_layers_but_not_the_function(block)
     assert not any(isinstance(m, (nn.BatchNorm2d, nn.PReLU)) for m in folded.modules())
     assert same({**state}, {**g.state_dict()})
     with torch.no_grad():
-        assert torch.allclose(folded(x), g(x), atol=1e-4)
+        assert (folded(x) - g(x)).abs().max() <= 1e-9 * g(x).abs().max()
+
+
+def close(result, expected, tolerance=1e-4):
+    """Whether float32 results are alike, for fused operators exist in float32 and bf16 only."""
+    return (result - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def a_fused_generator():
+    """(optimised copy, LR large enough for its fused form, the SR of Fig. 4)."""
+    g = randomised(srgan.Generator(channels=8, n_blocks=2)).eval()
+    lr = torch.rand(1, 3, 90, 100)
+    with torch.no_grad():
+        return srgan.optimize_for_inference(g), lr, g(lr)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_fused_conv_uses_the_private_operators_that_this_torch_has():
+    """FusedConv: nothing else would tell that a new torch has renamed them."""
+    fast, lr, _ = a_fused_generator()
+    with torch.no_grad():
+        fast(lr)
+    layers = [m for m in fast.modules() if isinstance(m, srgan.FusedConv)]
+    assert len(layers) == 9
+    assert all(layer.packed[torch.float32] for layer in layers)
+
+
+@pytest.mark.parametrize("hidden", ["missing", "refusing"])
+def test_fused_conv_does_without_the_private_operators(hidden, monkeypatch):
+    """FusedConv where torch has no such operators, or they do not work on this CPU."""
+    fast, lr, expected = a_fused_generator()
+    with torch.no_grad():
+        fused = fast(lr)
+    fast = copy.deepcopy(fast)                                   # drops what was packed
+    operators = types.SimpleNamespace()
+    if hidden == "refusing":
+        def refuse(*args):
+            raise RuntimeError("could not create a primitive descriptor")
+        operators._reorder_convolution_weight = refuse
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    with torch.no_grad():
+        usual = fast(lr)
+    assert close(usual, expected)
+    assert close(usual, fused)
+
+
+def test_fused_conv_runs_out_of_memory_instead_of_switching_forms(monkeypatch):
+    """FusedConv: the usual form would take more."""
+    fast, lr, _ = a_fused_generator()
+
+    def fused(layer, x, plus, dtype):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(srgan.FusedConv, "fused", fused)
+    with pytest.raises(RuntimeError, match="allocate memory"), torch.no_grad():
+        fast(lr)
+
+
+def test_an_optimised_generator_has_gradients_with_respect_to_lr():
+    """FusedConv.may_fuse: the private operators have no gradients."""
+    fast, lr, expected = a_fused_generator()
+    sr = fast(lr.requires_grad_())
+    sr.sum().backward()
+    assert close(sr, expected)
+    assert lr.grad.abs().min() > 0
+
+
+def test_an_optimised_generator_can_be_copied_saved_and_cast_after_use():
+    """FusedConv.__getstate__: packed weights can be neither copied nor saved."""
+    fast, lr, expected = a_fused_generator()
+    with torch.no_grad():
+        fast(lr)
+        restored = pickle.loads(pickle.dumps(fast))
+        assert close(restored(lr), expected)
+        assert close(copy.deepcopy(fast).double()(lr.double()), expected)
+
+
+def test_fused_conv_computes_in_the_type_of_autocast():
+    """FusedConv in bf16, on any CPU."""
+    fast, lr, expected = a_fused_generator()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        maps = srgan.features(fast, lr)
+        sr = srgan.enlarge(fast, maps)
+    assert maps.dtype == torch.bfloat16
+    assert sr.dtype == torch.float32
+    error = (sr - expected).abs().mean()
+    assert 1e-5 < error < 0.1
 
 
 @pytest.mark.parametrize("fp32, bf16, faster", [(1, 3, "fp32"), (3, 1, "bf16"), (1, None, "fp32")])
