@@ -742,8 +742,7 @@ class Store:
         self.paths = list(paths)
         self.pixels = None                                       # if the images are not stored
         self.sizes = None
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        if mode == "never" or (mode == "auto" and self.is_too_large(cache)):
+        if mode == "never":
             return
 
         # The file that holds these images, as they are now.
@@ -753,10 +752,14 @@ class Store:
             key.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
         file = Path(cache, f"{name}.pixels")
+        file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):                           # another process may be writing it
-            if not (file.exists() and self.open(file)):
-                self.decode(file)
-                self.open(file)
+            if file.exists() and self.open(file):
+                return
+            if mode == "auto" and self.is_too_large(cache):
+                return
+            self.decode(file)
+            self.open(file)
 
     def open(self, file):
         """Map the file into memory. Returns False if it is not whole."""
@@ -963,8 +966,8 @@ def batches(patches, sampler, device):
     """
     stored = patches.hr.pixels is not None
     loader = torch.utils.data.DataLoader(
-        patches, batch_sampler=sampler, collate_fn=collate,
-        num_workers=0 if stored else os.cpu_count(), pin_memory=device.type == "cuda")
+        patches, batch_sampler=sampler, collate_fn=collate, worker_init_fn=leave_signals_to_parent,
+        num_workers=0 if stored else count_workers(), pin_memory=device.type == "cuda")
     said = set()
     try:
         for windows, messages in loader:
@@ -980,6 +983,20 @@ def batches(patches, sampler, device):
             raise
         raise InputError("too little shared memory to decode images in other processes; use "
                          "--set store=always or enlarge /dev/shm") from None
+
+
+def count_workers():
+    """One worker for each CPU that this process may use, shared among torchrun's processes."""
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def leave_signals_to_parent(worker):
+    """A signal to all processes must not end a worker while the training still needs it."""
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_pair(patches, windows, device):
@@ -1511,11 +1528,21 @@ def download_features(url):
                          "things out") from None
 
 
+def handle_signals(numbers, handler):
+    """Call handler(number, frame) for these signals, but not for those that are ignored (nohup)."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def exit_with_signal(number, frame):
+    sys.exit(128 + number)
+
+
 def run(main):
     """Call a script's main() and exit with its status; an InputError is one line and status 2."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handle_signals(STOP_SIGNALS, exit_with_signal)
+    handle_signals([signal.SIGINT], signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
     sys.stdout.reconfigure(errors="backslashreplace")            # odd file names
     sys.stderr.reconfigure(errors="backslashreplace")

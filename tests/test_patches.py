@@ -397,3 +397,12 @@ def test_at_most_eight_images_are_decoded_ahead_by_four_threads(monkeypatch):
         assert len(started) <= i + 8
     assert len(started) == 40
     assert len(threads) <= 4
+
+
+def test_a_store_that_exists_is_used_even_if_it_would_no_longer_fit(photos, tmp_path, monkeypatch):
+    """Store, mode "auto": a second run must see the data that the first saw."""
+    first = srgan.Store(srgan.find_images(photos), tmp_path / "cache", "auto")
+    monkeypatch.setattr(srgan, "STORE_LIMIT", 1000)
+    second = srgan.Store(srgan.find_images(photos), tmp_path / "cache", "auto")
+    assert torch.equal(first.pixels, second.pixels)
+    assert srgan.Store(srgan.find_images(photos), tmp_path / "other", "auto").pixels is None

@@ -249,8 +249,8 @@ def make_tools(networks, **changes):
     """train.Tools of stage 2, with a pixel loss and an adversarial weight of 0.25."""
     content = srgan.WeightedSum()
     content.terms["pixel"] = (1.0, srgan.mse_loss)
-    tools = train.Tools(networks.G, networks.D, networks.adam_G, networks.adam_D, content,
-                        weight=0.25, game=srgan.ADVERSARIAL_LOSSES["bce"], penalty=None, shift=0)
+    tools = train.Tools(networks.G, networks.adam_G, content, networks.D, networks.adam_D,
+                        weight=0.25, game=srgan.ADVERSARIAL_LOSSES["bce"])
     return tools._replace(**changes)
 
 
