@@ -628,26 +628,30 @@ class RunFolder:
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=settings)
 
         # What the run is compared with. Images that cannot be measured are left out from now on.
-        results = self.measure(lambda lr, _: srgan.upsample(lr, self.scale))
-        self.pairs = [pair for pair in pairs if pair[0] in results]
-        if not results:
-            raise InputError("none of the images to validate on can be measured")
-        state.baselines["bicubic"] = srgan.aggregate([row["SR"] for row in results.values()])
+        state.baselines["bicubic"] = self.validate(self.bicubic, True)
         if started:
-            state.baselines["start"] = self.validate(lambda lr, _: srgan.upscale(state.average, lr))
+            state.baselines["start"] = self.validate(self.super_resolve)
 
-    def measure(self, model):
-        """{stem: {"SR": metrics}} of model(lr, stem), as evaluate.py measures them."""
+    def bicubic(self, lr, stem=None):
+        return srgan.upsample(lr, self.scale)
+
+    def super_resolve(self, lr, stem=None):
+        return srgan.upscale(self.state.average, lr)
+
+    def validate(self, model, leave_out=False):
+        """Mean and standard deviation of the metrics of model(lr, stem), as evaluate.py measures.
+
+        An image that cannot be measured is left out from now on, or else is an InputError: means
+        over other images could not be compared with earlier ones.
+        """
         torch.backends.cudnn.benchmark = False                   # images differ in size
         results = srgan.measure_all(self.pairs, {"SR": model}, self.scale,
                                     self.settings["kernel"], names=self.metrics, shave=self.scale)
         torch.backends.cudnn.benchmark = True
-        return results
-
-    def validate(self, model):
-        """Mean and standard deviation of the metrics. Raises InputError if an image is missing:
-        means over other images could not be compared with earlier ones."""
-        results = self.measure(model)
+        if leave_out:
+            self.pairs = [pair for pair in self.pairs if pair[0] in results]
+        if not results:
+            raise InputError("none of the images to validate on can be measured")
         if len(results) < len(self.pairs):
             raise InputError("an image to validate on can no longer be measured; --resume when it "
                              "can")
@@ -657,7 +661,7 @@ class RunFolder:
         """Validate, log and save."""
         epoch = row["epoch"]
         if last or epoch % self.settings["validate_every"] == 0:
-            scores = self.validate(lambda lr, _: srgan.upscale(self.state.average, lr))
+            scores = self.validate(self.super_resolve)
             self.save_sample(self.path / f"samples/epoch_{epoch:04d}.png")
             bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(scores)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
@@ -705,7 +709,7 @@ class RunFolder:
         h, w = (self.scale * side for side in lr.shape[:2])
         hr = hr[top * self.scale:top * self.scale + h, left * self.scale:left * self.scale + w]
 
-        views = srgan.upsample(lr, self.scale), srgan.upscale(self.state.average, lr), hr
+        views = self.bicubic(lr), self.super_resolve(lr), hr
         with srgan.replacing(path) as temporary:
             srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
 
