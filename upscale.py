@@ -283,7 +283,8 @@ def upscale_all(jobs, generator, args):
                     outcome.note("skipped, as another process is making it", result)
                     continue
                 except OSError as error:
-                    outcome.failures.append(f"{result}: cannot be written ({error.strerror})")
+                    reason = srgan.one_line(error)
+                    outcome.failures.append(f"{result}: cannot be written ({reason})")
                     continue
                 except InputError as error:
                     outcome.failures.append(str(error))
