@@ -1205,7 +1205,7 @@ def side_by_side(images, labels):
 # ==================================================================================================
 
 TILE = 1448                              # LR pixels per side: 2 megapixels take 2 GB
-PART = 128                               # LR pixels per side that are enlarged together
+PART = 64                                # LR pixels per side that are enlarged together
 
 
 # The slices of a tile, and what it sees: itself and the overlap.
@@ -1889,7 +1889,7 @@ def optimize_for_inference(generator):
     generator.fuse = fuse(generator.fuse)
     for i, block in enumerate(generator.blocks):
         if isinstance(block, ResidualBlock):
-            generator.blocks[i] = FusedResidualBlock(block)
+            generator.blocks[i] = FusedResidualBlock(block, keep=i == 0)    # for the long skip
 
     # The last shuffle moves behind the tail.
     layers = fuse(generator.upsample)
@@ -1899,6 +1899,9 @@ def optimize_for_inference(generator):
     tail.bias = nn.Parameter(bias, requires_grad=False)
     generator.upsample = layers[:-1]
     generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
+    for module in generator.modules():
+        if isinstance(module, FusedConv):
+            module.pack()
     return generator
 
 
@@ -1919,14 +1922,18 @@ def fuse(layers):
 
 
 class FusedResidualBlock(nn.Module):
-    """ResidualBlock as two fused convolutions."""
+    """ResidualBlock as two fused convolutions. keep: do not overwrite the input."""
 
-    def __init__(self, block):
+    def __init__(self, block, keep):
         super().__init__()
         self.first, self.second = fuse(block.body)
+        self.keep = keep
 
     def forward(self, x):
-        return self.second(self.first(x), plus=x)
+        y = self.first(x)
+        if self.keep:
+            x = x.clone()
+        return self.second(y, plus=x)
 
 
 class FusedConv(nn.Module):
@@ -1944,17 +1951,12 @@ class FusedConv(nn.Module):
         self.packed = {}                                         # {dtype: (weight, bias)}
 
     def forward(self, x, plus=None):
-        """LeakyReLU(conv(x)), or conv(x) + plus."""
+        """LeakyReLU(conv(x)), or conv(x) + plus, which may then be overwritten."""
         dtype = x.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        if self.may_fuse(x, dtype):
-            try:
-                return self.fused(x, plus, dtype)
-            except (AttributeError, RuntimeError) as error:
-                if is_out_of_memory(error):
-                    raise
-                self.packed[dtype] = None                        # never again
+        if dtype in self.packed and self.may_fuse(x):
+            return self.fused(x, plus, dtype)
         x = self.conv(x)
         if self.slope is not None:
             x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
@@ -1962,7 +1964,7 @@ class FusedConv(nn.Module):
             x = plus + x
         return x
 
-    def may_fuse(self, x, dtype):
+    def may_fuse(self, x):
         """Whether the private operators may serve: they have no gradients and no exported form.
 
         torch computes small inputs without oneDNN; so does this, for the same rounding.
@@ -1971,27 +1973,42 @@ class FusedConv(nn.Module):
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        return x.device.type == "cpu" and x.numel() > 20480 and self.packed.get(dtype, True)
+        return x.device.type == "cpu" and x.numel() > 20480
 
     def fused(self, x, plus, dtype):
         conv = self.conv
-        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        if dtype not in self.packed:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(dtype), *geometry)
-            bias = None if conv.bias is None else conv.bias.to(dtype)
-            self.packed[dtype] = (weight, bias)
-        layer = (*self.packed[dtype], *geometry)
-        convolution = torch.ops.mkldnn._convolution_pointwise
+        weight, bias = self.packed[dtype]
+        layer = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
         x = x.to(dtype)
         if plus is not None:
-            return convolution.binary(x, plus.to(dtype), *layer, "add", 1.0, None, [], None)
+            add = torch.ops.mkldnn._convolution_pointwise_.binary
+            return add(plus.to(dtype), x, *layer, "add", 1.0, None, [], None)
+        convolution = torch.ops.mkldnn._convolution_pointwise
         if self.slope is not None:
             return convolution(x, *layer, "leaky_relu", [self.slope], "")
         return convolution(x, *layer, "none", [], "")
 
+    def pack(self):
+        """Pack the weights, and try the operators: before large tensors, or memory has gaps."""
+        conv = self.conv
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                weight = conv.weight.to(dtype)
+                weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry)
+                bias = None if conv.bias is None else conv.bias.to(dtype)
+                self.packed[dtype] = (weight, bias)
+                self.fused(torch.zeros(1, conv.in_channels, 8, 8), None, dtype)
+            except (AttributeError, RuntimeError):               # another torch, device or CPU
+                self.packed.pop(dtype, None)
+
     def __getstate__(self):
-        """For copies and pickles: packed weights can be neither copied nor saved."""
+        """What is copied or saved; packed weights cannot be."""
         return {**self.__dict__, "packed": {}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.pack()
 
 
 def pick_device(name="auto"):

@@ -797,6 +797,11 @@ def resolve_settings(args, saved=None):
         raise InputError("split must be three percentages, in total 100")
     if len(settings[f"{args.stage}.betas"]) != 2:
         raise InputError(f"{args.stage}.betas must be two numbers")
+    channels = settings["discriminator.channels"]
+    if not channels or set(map(type, channels)) != {int}:
+        raise InputError("discriminator.channels must be one or more whole numbers")
+    if settings["discriminator.first_kernel"] % 2 == 0:
+        raise InputError("discriminator.first_kernel must be an odd number")
     weights = [settings[f"{args.stage}.{name}_weight"] for name in srgan.CONTENT_LOSSES
                if name != "tv"]
     if not any(weights):
