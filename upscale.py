@@ -303,7 +303,7 @@ def upscale_all(jobs, generator, args):
 
 @contextlib.contextmanager
 def claimed(result):
-    """Tell other processes that this one makes a result. Raises filelock.Timeout if another does."""
+    """Tell other processes that this one makes a result. Raises Timeout if another one does."""
     lock = FileLock(f"{srgan.temporary_path(result)}.lock", thread_local=False)
     with lock.acquire(timeout=0):
         try:
