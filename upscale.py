@@ -283,7 +283,8 @@ def upscale_all(jobs, generator, args):
                     outcome.note("skipped, as another process is making it", result)
                     continue
                 except OSError as error:
-                    outcome.failures.append(f"{result}: cannot be written ({error.strerror})")
+                    reason = srgan.one_line(error)
+                    outcome.failures.append(f"{result}: cannot be written ({reason})")
                     continue
                 except InputError as error:
                     outcome.failures.append(str(error))
@@ -302,7 +303,7 @@ def upscale_all(jobs, generator, args):
 
 @contextlib.contextmanager
 def claimed(result):
-    """Tell other processes that this one makes a result. Raises filelock.Timeout if another does."""
+    """Tell other processes that this one makes a result. Raises Timeout if another one does."""
     lock = FileLock(f"{srgan.temporary_path(result)}.lock", thread_local=False)
     with lock.acquire(timeout=0):
         try:
