@@ -42,45 +42,48 @@ class SlopePerMap(nn.Module):
         return nn.functional.prelu(x, self.weight.repeat_interleave(repeats))
 
 
+class OtherBlock(nn.Module):
+    """A residual block of other layers than srgan.ResidualBlock's."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
 class SlopesPerMapGenerator(srgan.Generator):
     """G with one slope for each feature map in every PReLU."""
 
-    def __init__(self, **arch):
-        super().__init__(**arch)
-        n = arch["channels"]
-        self.head[1] = SlopePerMap(n)
-        for block in self.blocks:
-            block.body[2] = SlopePerMap(n)
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+        super().__init__(scale, channels, n_blocks, tanh)
+        self.head[1] = SlopePerMap(channels)
+        for i, block in enumerate(self.blocks):
+            block.body[2] = SlopePerMap(channels)
+            self.blocks[i] = OtherBlock(*block.body)
         for i in range(2, len(self.upsample), 3):
-            self.upsample[i] = SlopePerMap(n)
-
-
-class PlainBlock(srgan.ResidualBlock):
-    """A residual block without batch norm; its convolutions have biases instead."""
-
-    def __init__(self, n):
-        super().__init__(n)
-        self.body = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1), nn.PReLU(), nn.Conv2d(n, n, 3, padding=1))
+            self.upsample[i] = SlopePerMap(channels)
 
 
 class PlainGenerator(srgan.Generator):
-    """G without batch norm."""
+    """G without batch norm. The convolutions have biases instead."""
 
-    def __init__(self, **arch):
-        super().__init__(**arch)
-        n = arch["channels"]
-        blocks = [PlainBlock(n) for _ in range(arch["n_blocks"])]
-        self.blocks = nn.Sequential(*blocks)
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+        super().__init__(scale, channels, n_blocks, tanh)
+        n = channels
+        for i in range(n_blocks):
+            self.blocks[i] = OtherBlock(
+                nn.Conv2d(n, n, 3, padding=1), nn.PReLU(), nn.Conv2d(n, n, 3, padding=1))
         self.fuse = nn.Sequential(nn.Conv2d(n, n, 3, padding=1))
 
 
 class SmallTailGenerator(srgan.Generator):
     """G whose last convolution is 3x3 instead of 9x9."""
 
-    def __init__(self, **arch):
-        super().__init__(**arch)
-        self.tail = nn.Conv2d(arch["channels"], 3, 3, padding=1)
+    def __init__(self, scale=4, channels=64, n_blocks=16, tanh=True):
+        super().__init__(scale, channels, n_blocks, tanh)
+        self.tail = nn.Conv2d(channels, 3, 3, padding=1)
 
 
 def pillow_downsample(hr, scale=4, kernel="bicubic"):
