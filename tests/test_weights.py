@@ -14,7 +14,7 @@ import srgan
 MODELS = ("srresnet", "srgan")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results():
     """{model: [(SR, HR)]}"""
     images = [srgan.open_pair(hr) for hr in srgan.find_images(ROOT / "figures/HR")]
