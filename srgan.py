@@ -590,7 +590,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     return (x + 128) / 255
 
 
-def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
+def interpolate(lr, scale=4, method=Image.Resampling.BICUBIC):
     """The baselines, bicubic or nearest: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3]."""
     h, w = lr.shape[:2]
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
@@ -1151,8 +1151,8 @@ def measure_all(pairs, models, scale, kernel, save=None, **protocol):
                 raise InputError("all pixels have one colour, so that PSNR means nothing; left out")
             # Every model's SR comes before the first metric: if one fails, none is measured.
             images = {}
-            for model, super_resolve in models.items():
-                images[model] = super_resolve(lr, stem)
+            for model, function in models.items():
+                images[model] = function(lr, stem)
                 if images[model].shape != hr.shape:
                     raise InputError(f"the image of {model} is not {hr.shape[1]}x{hr.shape[0]}")
             scores = {}
@@ -1260,7 +1260,7 @@ def spans(length, side, overlap):
     return parts
 
 
-def cut(height, width, side, overlap):
+def cut_tiles(height, width, side, overlap):
     """Cut an area into even tiles of at most side x side: a list of `Area`."""
     areas = []
     for rows, seen_rows in spans(height, side, overlap):
@@ -1285,9 +1285,9 @@ def super_resolve(generator, lr, bar):
     height, width = lr.shape[2:]
     scale = generator.arch["scale"]
     sr = lr.new_empty(1, 3, scale * height, scale * width)
-    maps = features(generator, lr)                               # [1, 64, h, w]
+    maps = compute_maps(generator, lr)                           # [1, 64, h, w]
     overlap = radii(generator)[1]
-    for part in cut(height, width, PART, overlap):
+    for part in cut_tiles(height, width, PART, overlap):
         seen = maps[..., part.seen_rows, part.seen_columns]
         paste(sr, enlarge(generator, seen), part)
         bar.update()
@@ -1326,13 +1326,13 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
         side = TILE * 4 // max(4, scale)
     else:
         side = tile or max(height, width)
-    areas = cut(height, width, side, radii(generator)[0])
+    areas = cut_tiles(height, width, side, radii(generator)[0])
 
     # The progress bar counts the parts of all tiles, eight times for an ensemble.
     parts = 0
     for area in areas:
         seen = image[area.seen_rows, area.seen_columns]
-        parts += len(cut(len(seen), len(seen[0]), PART, 0))
+        parts += len(cut_tiles(len(seen), len(seen[0]), PART, 0))
     method = super_resolve
     if ensemble:
         method = self_ensemble
@@ -1855,11 +1855,11 @@ class Fast(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(self.network, Generator):
-                return enlarge(self.network, features(self.network, x))
+                return enlarge(self.network, compute_maps(self.network, x))
             return self.network(x).float()
 
 
-def features(generator, lr):
+def compute_maps(generator, lr):
     """Fig. 4 up to the long skip connection: [N, 3, h, w] -> [N, channels, h, w]."""
     x = generator.head(lr)
     return x + generator.fuse(generator.blocks(x))
@@ -1912,14 +1912,14 @@ def optimize_for_inference(generator):
     rearranged. The copy's forward() is fast, too, and so is what is exported from it.
     """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    generator.head = fuse(generator.head)
-    generator.fuse = fuse(generator.fuse)
+    generator.head = fuse_layers(generator.head)
+    generator.fuse = fuse_layers(generator.fuse)
     for i, block in enumerate(generator.blocks):
         if isinstance(block, ResidualBlock):
             generator.blocks[i] = FusedResidualBlock(block, keep=i == 0)    # for the long skip
 
     # The last shuffle moves behind the tail.
-    layers = fuse(generator.upsample)
+    layers = fuse_layers(generator.upsample)
     weight, bias, padding = rearranged(generator.tail)
     tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
     tail.weight = nn.Parameter(weight, requires_grad=False)
@@ -1932,7 +1932,7 @@ def optimize_for_inference(generator):
     return generator
 
 
-def fuse(layers):
+def fuse_layers(layers):
     """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
     fused = nn.Sequential()
     for layer in layers:
@@ -1953,7 +1953,7 @@ class FusedResidualBlock(nn.Module):
 
     def __init__(self, block, keep):
         super().__init__()
-        self.first, self.second = fuse(block.body)
+        self.first, self.second = fuse_layers(block.body)
         self.keep = keep
 
     def forward(self, x):

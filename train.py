@@ -633,7 +633,7 @@ class RunFolder:
             state.baselines["start"] = self.validate(self.super_resolve)
 
     def bicubic(self, lr, stem=None):
-        return srgan.upsample(lr, self.scale)
+        return srgan.interpolate(lr, self.scale)
 
     def super_resolve(self, lr, stem=None):
         return srgan.upscale(self.state.average, lr)

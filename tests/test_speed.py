@@ -128,7 +128,7 @@ def test_fused_conv_computes_in_the_type_of_autocast():
     """FusedConv in bf16, on any CPU."""
     fast, lr, expected = a_fused_generator()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        maps = srgan.features(fast, lr)
+        maps = srgan.compute_maps(fast, lr)
         sr = srgan.enlarge(fast, maps)
     assert maps.dtype == torch.bfloat16
     assert sr.dtype == torch.float32

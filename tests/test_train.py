@@ -160,7 +160,7 @@ def test_validation_leaves_out_a_border_of_scale_pixels(run, photos, srresnet, s
     """RunFolder.validate: the usual protocol."""
     run("srresnet", *options(scale=scale), init=None, steps=1)
     lr, hr = srgan.open_pair(photos / "p0.png", scale=scale)
-    expected = srgan.psnr(srgan.upsample(lr, scale), hr, shave=scale)
+    expected = srgan.psnr(srgan.interpolate(lr, scale), hr, shave=scale)
     assert summary(srresnet)["bicubic"]["psnr"]["mean"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_validation_makes_lr_with_the_kernel_of_the_settings(run, photos, srresn
     """RunFolder.validate."""
     run("srresnet", *options(kernel="gaussian"), steps=1)
     lr, hr = srgan.open_pair(photos / "p0.png", kernel="gaussian")
-    expected = srgan.psnr(srgan.upsample(lr), hr)
+    expected = srgan.psnr(srgan.interpolate(lr), hr)
     assert summary(srresnet)["bicubic"]["psnr"]["mean"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -416,7 +416,7 @@ def test_a_sample_shows_bicubic_sr_and_hr_side_by_side(run, srresnet, photos):
     sheet = srgan.open_rgb(srresnet / "samples/epoch_0001.png")
     lr, hr = srgan.open_pair(photos / "p0.png")
     h, w, _ = hr.shape
-    assert np.array_equal(sheet[:h, :w], srgan.upsample(lr))
+    assert np.array_equal(sheet[:h, :w], srgan.interpolate(lr))
     assert np.array_equal(sheet[:h, -w:], hr)
 
 

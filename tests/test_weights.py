@@ -18,7 +18,7 @@ MODELS = ("srresnet", "srgan")
 def results():
     """{model: [(SR, HR)]}"""
     images = [srgan.open_pair(hr) for hr in srgan.find_images(ROOT / "figures/HR")]
-    found = {"bicubic": [(srgan.upsample(lr), hr) for lr, hr in images]}
+    found = {"bicubic": [(srgan.interpolate(lr), hr) for lr, hr in images]}
     for model in MODELS:
         generator = srgan.load_generator(ROOT / f"weights/{model}.pth")
         found[model] = [(srgan.upscale(generator, lr), hr) for lr, hr in images]
