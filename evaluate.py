@@ -141,7 +141,7 @@ def make_models(generators, sr_folders, pairs, scale):
 
 def baseline(method, scale):
     def super_resolve(lr, stem):
-        return srgan.upsample(lr, scale, method)
+        return srgan.interpolate(lr, scale, method)
     return super_resolve
 
 

@@ -590,7 +590,7 @@ def downsample(hr, scale=4, kernel="bicubic"):
     return (x + 128) / 255
 
 
-def upsample(lr, scale=4, method=Image.Resampling.BICUBIC):
+def interpolate(lr, scale=4, method=Image.Resampling.BICUBIC):
     """The baselines, bicubic or nearest: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3]."""
     h, w = lr.shape[:2]
     return np.array(Image.fromarray(lr).resize((w * scale, h * scale), method))
@@ -742,8 +742,7 @@ class Store:
         self.paths = list(paths)
         self.pixels = None                                       # if the images are not stored
         self.sizes = None
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        if mode == "never" or (mode == "auto" and self.is_too_large(cache)):
+        if mode == "never":
             return
 
         # The file that holds these images, as they are now.
@@ -753,10 +752,14 @@ class Store:
             key.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
         file = Path(cache, f"{name}.pixels")
+        file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):                           # another process may be writing it
-            if not (file.exists() and self.open(file)):
-                self.decode(file)
-                self.open(file)
+            if file.exists() and self.open(file):
+                return
+            if mode == "auto" and self.is_too_large(cache):
+                return
+            self.decode(file)
+            self.open(file)
 
     def open(self, file):
         """Map the file into memory. Returns False if it is not whole."""
@@ -963,8 +966,8 @@ def batches(patches, sampler, device):
     """
     stored = patches.hr.pixels is not None
     loader = torch.utils.data.DataLoader(
-        patches, batch_sampler=sampler, collate_fn=collate,
-        num_workers=0 if stored else os.cpu_count(), pin_memory=device.type == "cuda")
+        patches, batch_sampler=sampler, collate_fn=collate, worker_init_fn=leave_signals_to_parent,
+        num_workers=0 if stored else count_workers(), pin_memory=device.type == "cuda")
     said = set()
     try:
         for windows, messages in loader:
@@ -980,6 +983,20 @@ def batches(patches, sampler, device):
             raise
         raise InputError("too little shared memory to decode images in other processes; use "
                          "--set store=always or enlarge /dev/shm") from None
+
+
+def count_workers():
+    """One worker for each CPU that this process may use, shared among torchrun's processes."""
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def leave_signals_to_parent(worker):
+    """A signal to all processes must not end a worker while the training still needs it."""
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_pair(patches, windows, device):
@@ -1134,8 +1151,8 @@ def measure_all(pairs, models, scale, kernel, save=None, **protocol):
                 raise InputError("all pixels have one colour, so that PSNR means nothing; left out")
             # Every model's SR comes before the first metric: if one fails, none is measured.
             images = {}
-            for model, super_resolve in models.items():
-                images[model] = super_resolve(lr, stem)
+            for model, function in models.items():
+                images[model] = function(lr, stem)
                 if images[model].shape != hr.shape:
                     raise InputError(f"the image of {model} is not {hr.shape[1]}x{hr.shape[0]}")
             scores = {}
@@ -1205,7 +1222,7 @@ def side_by_side(images, labels):
 # ==================================================================================================
 
 TILE = 1448                              # LR pixels per side: 2 megapixels take 2 GB
-PART = 128                               # LR pixels per side that are enlarged together
+PART = 64                                # LR pixels per side that are enlarged together
 
 
 # The slices of a tile, and what it sees: itself and the overlap.
@@ -1243,7 +1260,7 @@ def spans(length, side, overlap):
     return parts
 
 
-def cut(height, width, side, overlap):
+def cut_tiles(height, width, side, overlap):
     """Cut an area into even tiles of at most side x side: a list of `Area`."""
     areas = []
     for rows, seen_rows in spans(height, side, overlap):
@@ -1268,9 +1285,9 @@ def super_resolve(generator, lr, bar):
     height, width = lr.shape[2:]
     scale = generator.arch["scale"]
     sr = lr.new_empty(1, 3, scale * height, scale * width)
-    maps = features(generator, lr)                               # [1, 64, h, w]
+    maps = compute_maps(generator, lr)                           # [1, 64, h, w]
     overlap = radii(generator)[1]
-    for part in cut(height, width, PART, overlap):
+    for part in cut_tiles(height, width, PART, overlap):
         seen = maps[..., part.seen_rows, part.seen_columns]
         paste(sr, enlarge(generator, seen), part)
         bar.update()
@@ -1309,13 +1326,13 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
         side = TILE * 4 // max(4, scale)
     else:
         side = tile or max(height, width)
-    areas = cut(height, width, side, radii(generator)[0])
+    areas = cut_tiles(height, width, side, radii(generator)[0])
 
     # The progress bar counts the parts of all tiles, eight times for an ensemble.
     parts = 0
     for area in areas:
         seen = image[area.seen_rows, area.seen_columns]
-        parts += len(cut(len(seen), len(seen[0]), PART, 0))
+        parts += len(cut_tiles(len(seen), len(seen[0]), PART, 0))
     method = super_resolve
     if ensemble:
         method = self_ensemble
@@ -1511,11 +1528,21 @@ def download_features(url):
                          "things out") from None
 
 
+def handle_signals(numbers, handler):
+    """Call handler(number, frame) for these signals, but not for those that are ignored (nohup)."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def exit_with_signal(number, frame):
+    sys.exit(128 + number)
+
+
 def run(main):
     """Call a script's main() and exit with its status; an InputError is one line and status 2."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handle_signals(STOP_SIGNALS, exit_with_signal)
+    handle_signals([signal.SIGINT], signal.default_int_handler)
     warnings.filterwarnings("ignore", module="PIL")              # about odd files
     sys.stdout.reconfigure(errors="backslashreplace")            # odd file names
     sys.stderr.reconfigure(errors="backslashreplace")
@@ -1828,11 +1855,11 @@ class Fast(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(self.network, Generator):
-                return enlarge(self.network, features(self.network, x))
+                return enlarge(self.network, compute_maps(self.network, x))
             return self.network(x).float()
 
 
-def features(generator, lr):
+def compute_maps(generator, lr):
     """Fig. 4 up to the long skip connection: [N, 3, h, w] -> [N, channels, h, w]."""
     x = generator.head(lr)
     return x + generator.fuse(generator.blocks(x))
@@ -1885,24 +1912,27 @@ def optimize_for_inference(generator):
     rearranged. The copy's forward() is fast, too, and so is what is exported from it.
     """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
-    generator.head = fuse(generator.head)
-    generator.fuse = fuse(generator.fuse)
+    generator.head = fuse_layers(generator.head)
+    generator.fuse = fuse_layers(generator.fuse)
     for i, block in enumerate(generator.blocks):
         if isinstance(block, ResidualBlock):
-            generator.blocks[i] = FusedResidualBlock(block)
+            generator.blocks[i] = FusedResidualBlock(block, keep=i == 0)    # for the long skip
 
     # The last shuffle moves behind the tail.
-    layers = fuse(generator.upsample)
+    layers = fuse_layers(generator.upsample)
     weight, bias, padding = rearranged(generator.tail)
     tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
     tail.weight = nn.Parameter(weight, requires_grad=False)
     tail.bias = nn.Parameter(bias, requires_grad=False)
     generator.upsample = layers[:-1]
     generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
+    for module in generator.modules():
+        if isinstance(module, FusedConv):
+            module.pack()
     return generator
 
 
-def fuse(layers):
+def fuse_layers(layers):
     """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
     fused = nn.Sequential()
     for layer in layers:
@@ -1919,14 +1949,18 @@ def fuse(layers):
 
 
 class FusedResidualBlock(nn.Module):
-    """ResidualBlock as two fused convolutions."""
+    """ResidualBlock as two fused convolutions. keep: do not overwrite the input."""
 
-    def __init__(self, block):
+    def __init__(self, block, keep):
         super().__init__()
-        self.first, self.second = fuse(block.body)
+        self.first, self.second = fuse_layers(block.body)
+        self.keep = keep
 
     def forward(self, x):
-        return self.second(self.first(x), plus=x)
+        y = self.first(x)
+        if self.keep:
+            x = x.clone()
+        return self.second(y, plus=x)
 
 
 class FusedConv(nn.Module):
@@ -1944,17 +1978,12 @@ class FusedConv(nn.Module):
         self.packed = {}                                         # {dtype: (weight, bias)}
 
     def forward(self, x, plus=None):
-        """LeakyReLU(conv(x)), or conv(x) + plus."""
+        """LeakyReLU(conv(x)), or conv(x) + plus, which may then be overwritten."""
         dtype = x.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        if self.may_fuse(x, dtype):
-            try:
-                return self.fused(x, plus, dtype)
-            except (AttributeError, RuntimeError) as error:
-                if is_out_of_memory(error):
-                    raise
-                self.packed[dtype] = None                        # never again
+        if dtype in self.packed and self.may_fuse(x):
+            return self.fused(x, plus, dtype)
         x = self.conv(x)
         if self.slope is not None:
             x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
@@ -1962,7 +1991,7 @@ class FusedConv(nn.Module):
             x = plus + x
         return x
 
-    def may_fuse(self, x, dtype):
+    def may_fuse(self, x):
         """Whether the private operators may serve: they have no gradients and no exported form.
 
         torch computes small inputs without oneDNN; so does this, for the same rounding.
@@ -1971,27 +2000,42 @@ class FusedConv(nn.Module):
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        return x.device.type == "cpu" and x.numel() > 20480 and self.packed.get(dtype, True)
+        return x.device.type == "cpu" and x.numel() > 20480
 
     def fused(self, x, plus, dtype):
         conv = self.conv
-        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        if dtype not in self.packed:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(dtype), *geometry)
-            bias = None if conv.bias is None else conv.bias.to(dtype)
-            self.packed[dtype] = (weight, bias)
-        layer = (*self.packed[dtype], *geometry)
-        convolution = torch.ops.mkldnn._convolution_pointwise
+        weight, bias = self.packed[dtype]
+        layer = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
         x = x.to(dtype)
         if plus is not None:
-            return convolution.binary(x, plus.to(dtype), *layer, "add", 1.0, None, [], None)
+            add = torch.ops.mkldnn._convolution_pointwise_.binary
+            return add(plus.to(dtype), x, *layer, "add", 1.0, None, [], None)
+        convolution = torch.ops.mkldnn._convolution_pointwise
         if self.slope is not None:
             return convolution(x, *layer, "leaky_relu", [self.slope], "")
         return convolution(x, *layer, "none", [], "")
 
+    def pack(self):
+        """Pack the weights, and try the operators: before large tensors, or memory has gaps."""
+        conv = self.conv
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                weight = conv.weight.to(dtype)
+                weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry)
+                bias = None if conv.bias is None else conv.bias.to(dtype)
+                self.packed[dtype] = (weight, bias)
+                self.fused(torch.zeros(1, conv.in_channels, 8, 8), None, dtype)
+            except (AttributeError, RuntimeError):               # another torch, device or CPU
+                self.packed.pop(dtype, None)
+
     def __getstate__(self):
-        """For copies and pickles: packed weights can be neither copied nor saved."""
+        """What is copied or saved; packed weights cannot be."""
         return {**self.__dict__, "packed": {}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.pack()
 
 
 def pick_device(name="auto"):

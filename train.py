@@ -5,14 +5,13 @@ r"""Train SRResNet (stage 1), then SRGAN (stage 2).
 
 Stage 2 starts from stage 1's best checkpoint. Ctrl-C or SIGTERM ends a run after the current
 update (with several processes, after at most ten more) and saves it; --resume continues it, on the
-CPU bit for bit. To list or change settings, and to train on four GPUs, or on two machines with
-eight each:
+CPU bit for bit.
 
-    python train.py --list-settings
+    python train.py --list-settings                               what can be set
     python train.py --data photos --stage gan --preset srgan-vgg22 --set gan.lr=5e-5
-    torchrun --nproc-per-node 4 train.py --data ...
+    torchrun --nproc-per-node 4 train.py --data ...               four GPUs
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
-        train.py --data ...
+        train.py --data ...                                       two machines, eight GPUs each
 
 --batch-size is per GPU; all machines must see one run folder. One update is srgan.srresnet_step or
 srgan.srgan_step.
@@ -59,24 +58,28 @@ def main():
 
     # The device, the networks, and where a resumed run stopped.
     device, rank, world = set_up_process(args.device)
-    set_up_arithmetic(device, settings)
+    settings["precision"] = set_up_arithmetic(device, settings["precision"], world)
     networks = make_networks(settings, stage, start, device)
     state = State(networks, stage_settings(settings, stage), device)
     if saved:
-        state.resume(saved)
+        state.resume(saved, val=args.val or "")
+        del saved                                                # all that was in it
     total = settings[f"{stage}.epochs"] * settings["steps_per_epoch"]
     if state.step >= total:
         raise InputError(f"the run is complete at update {state.step}; --epochs makes it longer")
 
-    # The update, and the patches that it learns from.
-    tools = make_tools(settings, stage, state, device, world)
+    # The update, whose gradients are averaged over all processes, and the patches it learns from.
+    tools = make_tools(settings, stage, state, device)
+    if world > 1:
+        for adam in state.adam.values():
+            adam.register_step_pre_hook(average_gradients)
     patches = make_patches(args, settings, train_pairs)
     batches = make_batches(patches, settings, stage, device, rank, state.step, total)
 
     # The run folder, in which only the first process writes.
     folder = None
     if rank == 0:
-        folder = RunFolder(out, args, settings, state, val_pairs, device, start)
+        folder = RunFolder(out, args, settings, state, val_pairs, device, started=bool(start))
         folder.save()                                            # it can be resumed from now on
         origin = f", starting from {start_path}" if start else ""
         print(f"{stage} on {device}, {settings['precision']}: {len(train_pairs)} images, "
@@ -99,7 +102,7 @@ def train(tools, state, batches, folder, settings, stage, device, world):
     values = stage_settings(settings, stage)
     steps = settings["steps_per_epoch"]
     total = values["epochs"] * steps
-    signals = record_signals()
+    signals = record_signals(world)
     began = time.monotonic() - state.seconds
     epoch_began = time.monotonic()
     first = state.step
@@ -117,11 +120,11 @@ def train(tools, state, batches, folder, settings, stage, device, world):
         state.seconds = time.monotonic() - began
         bar.update()
 
-        # Now and then, wait for the device: is all well, and has a signal come?
+        # Every ten updates, wait for the device, to check the numbers and for signals.
         end_of_epoch = state.step % steps == 0
         if end_of_epoch or state.step % 10 == 0 or (signals and world == 1):
             bar.set_postfix(loss=f"{losses['loss'].item():.4f}", refresh=False)
-            not_finite, stop = any_process(not state.is_finite(), len(signals) > 0, device, world)
+            not_finite, stop = any_process([not state.is_finite(), bool(signals)], device, world)
             if not_finite:
                 raise InputError(f"a loss or a weight is not finite at update {state.step}; the "
                                  "last good checkpoint is kept; --resume it with a lower --lr")
@@ -142,17 +145,15 @@ def train(tools, state, batches, folder, settings, stage, device, world):
 def update(tools, pairs):
     """One update with batches of LR and HR, one pair for each step of D. Returns {name: scalar}.
 
-    The steps themselves are srgan.srresnet_step and srgan.srgan_step. Here stands only what the
-    settings can add to them; with the base settings, that is nothing.
+    The steps themselves are srgan.srresnet_step and srgan.srgan_step. Only what the settings can
+    add to them stands here; with the base settings, that is nothing.
     """
     # Move SR and HR together by some random pixels. Otherwise, strides in D and pooling in phi
     # favour some positions, and G learns their pattern.
     G = tools.G
     if tools.shift:
         move = torch.randint(tools.shift + 1, (2,)).tolist()
-
-        def G(lr):
-            return tools.G(lr).roll(move, (2, 3))
+        G = functools.partial(super_resolve_and_roll, tools.G, move)
         pairs = [(lr, hr.roll(move, (2, 3))) for lr, hr in pairs]
 
     lr, hr = pairs[-1]
@@ -174,6 +175,11 @@ def update(tools, pairs):
                                   tools.weight, g_loss, d_loss, tools.penalty)
     losses.update(tools.content.parts)
     return losses
+
+
+def super_resolve_and_roll(G, move, lr):
+    """SR of LR, moved down and right by `move` pixels; what leaves the patch comes in again."""
+    return G(lr).roll(move, (2, 3))
 
 
 # The command line, the run folder and the data.
@@ -243,8 +249,8 @@ def open_run(args):
         raise InputError(f"{path}: only a checkpoint_latest.pth can be resumed; start from its "
                          "generator with --init")
     if saved.get("stage") != args.stage:
-        raise InputError(f"{path}: it is of stage {saved.get('stage')}, not {args.stage}; start "
-                         "from its generator with --init")
+        raise InputError(f"{path}: a checkpoint of stage {saved.get('stage')}, not {args.stage}; "
+                         "start from its generator with --init")
     if saved.get("lr_data") and not args.lr_data:
         raise InputError(f"this run was trained with --lr-data {saved['lr_data']}; give it again")
     return out, saved
@@ -313,8 +319,9 @@ def make_patches(args, settings, pairs):
     _, hr_paths, lr_paths = zip(*pairs)
     hr_store = srgan.Store(hr_paths, args.cache, settings["store"])
     lr_store = None
-    if args.lr_data:
-        lr_store = srgan.Store(lr_paths, args.cache, settings["store"])
+    if args.lr_data:                                             # stored if HR is
+        mode = "never" if hr_store.pixels is None else "always"
+        lr_store = srgan.Store(lr_paths, args.cache, mode)
     return srgan.Patches(hr_store, settings["patch_size"], settings["scale"], settings["kernel"],
                          settings["crop_margin"], lr_store)
 
@@ -345,19 +352,26 @@ def set_up_process(name):
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:                                                     # the first may validate for hours
-            dist.init_process_group(backend, timeout=timedelta(hours=12))
+            dist.init_process_group(backend, timeout=timedelta(hours=12),
+                                    device_id=device if device.type == "cuda" else None)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"torchrun: {srgan.one_line(error)}") from None
     return device, rank, world
 
 
-def set_up_arithmetic(device, settings):
-    """Choose the precision. fp32 means no TF32 either."""
-    settings["precision"] = srgan.pick_precision(device, settings["precision"])
-    tf32 = settings["precision"] != "fp32"
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+def set_up_arithmetic(device, precision, world=1):
+    """The precision to use, "fp32" or "bf16", the same in all processes. fp32 excludes TF32."""
+    torch.backends.cudnn.allow_tf32 = False                      # for the measurement, too
+    torch.backends.cuda.matmul.allow_tf32 = False
+    precision = srgan.pick_precision(device, precision)
+    if world > 1:
+        answer = [precision]
+        dist.broadcast_object_list(answer, device=device)        # the first process decides
+        precision = answer[0]
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = True
+    return precision
 
 
 def make_networks(settings, stage, start, device):
@@ -420,7 +434,7 @@ class State:
             adam.param_groups[0]["lr"] = self.base_rates[name] * factor
 
     def record(self, losses, decay):
-        """After an update: add its losses, count it, average G (at first over few updates)."""
+        """After an update: add its losses, count it, average G (at first over only a few)."""
         for name, loss in losses.items():
             self.sums[name] += loss.detach()
         self.n_summed += 1
@@ -451,8 +465,11 @@ class State:
             parts[f"{name}_adam"] = self.adam[name].state_dict()["state"]
         return parts
 
-    def resume(self, saved):
-        """Restore the state of a checkpoint. Raises InputError if it does not fit."""
+    def resume(self, saved, val=""):
+        """Restore the state of a checkpoint. Raises InputError if it does not fit.
+
+        The best scores start anew if `val`, the images to validate on, are others than before.
+        """
         try:
             self.average.load_state_dict(saved["generator"])
             for name, network in self.networks.items():
@@ -460,8 +477,9 @@ class State:
                 restore_adam(self.adam[name], saved["training"][f"{name}_adam"])
             self.step = int(saved["step"])
             self.seconds = float(saved["seconds"])
-            self.best = dict(saved["best"])
-            self.baselines = dict(saved["baselines"])
+            if saved["val"] == val:
+                self.best = dict(saved["best"])
+                self.baselines = dict(saved["baselines"])
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise InputError(f"the checkpoint cannot be resumed: {srgan.one_line(error)}") from None
 
@@ -480,18 +498,16 @@ def restore_adam(adam, saved):
 
 # What an update consists of.
 
-Tools = namedtuple("Tools", "G D adam_G adam_D content weight game penalty shift")
+Tools = namedtuple("Tools", "G adam_G content D adam_D weight game penalty shift",
+                   defaults=(None, None, 0, None, None, 0))      # stage 1 needs the first three
 
 
-def make_tools(settings, stage, state, device, world=1):
+def make_tools(settings, stage, state, device):
     """What `update` needs: the networks in their fast form, and the losses of the settings."""
     values = stage_settings(settings, stage)
     compiled = settings["compile"] == "yes"
-    if settings["compile"] == "auto":
-        compiled = device.type == "cuda" and find_spec("triton") is not None
-    if world > 1:
-        for adam in state.adam.values():
-            adam.register_step_pre_hook(average_gradients)
+    if settings["compile"] == "auto" and device.type == "cuda":  # Triton needs a Volta or newer
+        compiled = find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
 
     # The content loss l_X of Eq. 3, of one or several parts.
     phi = None
@@ -504,7 +520,7 @@ def make_tools(settings, stage, state, device, world=1):
             content.terms[name] = (values[f"{name}_weight"], loss)
     G = speed_up(state.networks["generator"], settings, compiled)
     if stage == "srresnet":
-        return Tools(G, None, state.adam["generator"], None, content, 0, None, None, 0)
+        return Tools(G, state.adam["generator"], content)
 
     # The game of Eq. 2. Penalties differentiate D twice, which torch.compile does not support.
     D = speed_up(state.networks["discriminator"], settings, compiled)
@@ -514,9 +530,8 @@ def make_tools(settings, stage, state, device, world=1):
         if values[name]:
             penalty.terms[name] = (values[name], functools.partial(function, plain_D))
     game = srgan.ADVERSARIAL_LOSSES[values["adversarial_loss"]]
-    return Tools(G, D, state.adam["generator"], state.adam["discriminator"], content,
-                 values["adversarial_weight"], game, penalty if penalty.terms else None,
-                 values["shift"])
+    return Tools(G, state.adam["generator"], content, D, state.adam["discriminator"],
+                 values["adversarial_weight"], game, penalty, values["shift"])
 
 
 def make_phi(settings, device):
@@ -530,7 +545,9 @@ def make_phi(settings, device):
 def speed_up(network, settings, compiled):
     """The network in its fast form and precision, see section 9 of srgan.py."""
     network = srgan.Fast(network, settings["precision"])
-    return torch.compile(network) if compiled else network
+    if compiled:                                                 # patches have one size
+        network = torch.compile(network, dynamic=False)
+    return network
 
 
 def average_gradients(optimizer, *_):
@@ -565,25 +582,25 @@ def rate_factor(values, step, steps_per_epoch):
     return factor
 
 
-def record_signals():
-    """A list to which SIGINT, SIGTERM and SIGHUP are added; a second one ends the program."""
+def record_signals(world=1):
+    """A list to which SIGINT, SIGTERM and SIGHUP are added. A second one ends the program, but not
+    under torchrun, which adds a signal of its own."""
     seen = []
 
     def record(number, frame):
         seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, *srgan.STOP_SIGNALS):
-        signal.signal(number, record)
+        if world == 1:
+            signal.signal(number, signal.SIG_DFL)
+    srgan.handle_signals((signal.SIGINT, *srgan.STOP_SIGNALS), record)
     return seen
 
 
-def any_process(first, second, device, world):
-    """Whether each of two conditions holds in any of the processes."""
-    flags = torch.tensor([float(first), float(second)], device=device)
+def any_process(conditions, device, world):
+    """Whether each of these conditions holds in any of the processes."""
+    flags = torch.tensor(conditions, dtype=torch.float32, device=device)
     if world > 1:
         dist.all_reduce(flags)
-    first, second = flags.tolist()
-    return first > 0, second > 0
+    return [flag > 0 for flag in flags.tolist()]
 
 
 # The run folder.
@@ -591,7 +608,7 @@ def any_process(first, second, device, world):
 class RunFolder:
     """A run's config.json, metrics.csv, summary.json, curves.png, samples/ and checkpoints."""
 
-    def __init__(self, path, args, settings, state, pairs, device, start):
+    def __init__(self, path, args, settings, state, pairs, device, started):
         self.path = path
         self.settings = settings
         self.scale = settings["scale"]
@@ -610,29 +627,41 @@ class RunFolder:
             import wandb
             self.tracker = wandb.init(project="srgan", name=path.name, dir=path, config=settings)
 
-        # What the run is compared with.
-        state.baselines["bicubic"] = self.validate(lambda lr, _: srgan.upsample(lr, self.scale))
-        if start:
-            state.baselines["start"] = self.validate(lambda lr, _: srgan.upscale(start, lr))
+        # What the run is compared with. Images that cannot be measured are left out from now on.
+        state.baselines["bicubic"] = self.validate(self.bicubic, True)
+        if started:
+            state.baselines["start"] = self.validate(self.super_resolve)
 
-    def validate(self, model):
+    def bicubic(self, lr, stem=None):
+        return srgan.interpolate(lr, self.scale)
+
+    def super_resolve(self, lr, stem=None):
+        return srgan.upscale(self.state.average, lr)
+
+    def validate(self, model, leave_out=False):
         """Mean and standard deviation of the metrics of model(lr, stem), as evaluate.py measures.
 
-        An image that cannot be measured is left out from now on, with a message. Raises InputError
-        if no image is left.
+        An image that cannot be measured is left out from now on, or else is an InputError: means
+        over other images could not be compared with earlier ones.
         """
+        torch.backends.cudnn.benchmark = False                   # images differ in size
         results = srgan.measure_all(self.pairs, {"SR": model}, self.scale,
                                     self.settings["kernel"], names=self.metrics, shave=self.scale)
-        self.pairs = [pair for pair in self.pairs if pair[0] in results]
+        torch.backends.cudnn.benchmark = True
+        if leave_out:
+            self.pairs = [pair for pair in self.pairs if pair[0] in results]
         if not results:
-            raise InputError("no image is left to validate on")
-        return srgan.aggregate([scores["SR"] for scores in results.values()])
+            raise InputError("none of the images to validate on can be measured")
+        if len(results) < len(self.pairs):
+            raise InputError("an image to validate on can no longer be measured; --resume when it "
+                             "can")
+        return srgan.aggregate([row["SR"] for row in results.values()])
 
     def end_epoch(self, row, bar, last):
         """Validate, log and save."""
         epoch = row["epoch"]
         if last or epoch % self.settings["validate_every"] == 0:
-            scores = self.validate(lambda lr, _: srgan.upscale(self.state.average, lr))
+            scores = self.validate(self.super_resolve)
             self.save_sample(self.path / f"samples/epoch_{epoch:04d}.png")
             bar.write(f"epoch {epoch}  loss {row['loss']:.4f}  {srgan.describe(scores)}  "
                       f"{row['updates_per_s']:.1f} updates/s")
@@ -680,7 +709,7 @@ class RunFolder:
         h, w = (self.scale * side for side in lr.shape[:2])
         hr = hr[top * self.scale:top * self.scale + h, left * self.scale:left * self.scale + w]
 
-        views = srgan.upsample(lr, self.scale), srgan.upscale(self.state.average, lr), hr
+        views = self.bicubic(lr), self.super_resolve(lr), hr
         with srgan.replacing(path) as temporary:
             srgan.side_by_side(views, ["bicubic", "SR", "HR"]).save(temporary)
 
@@ -696,7 +725,7 @@ class RunFolder:
         summary["best"] = state.best
         summary.update(state.baselines)
         srgan.write_json(self.path / "summary.json", summary)
-        if find_spec("matplotlib"):
+        if "psnr" in row and find_spec("matplotlib"):            # after a validation
             draw_curves(self.rows, self.path / "curves.png")
         if self.tracker:
             self.tracker.log(row, step=state.step)
@@ -754,17 +783,17 @@ def draw_curves(rows, path):
 
 PHI = [f"{name}:{layer}" for name, network in srgan.CONTENT_NETWORKS.items()
        for layer in network.layers]
-CHOICES = {  # settings that name something; the others may have any value of their default's type
+CHOICES = {  # settings with a fixed list of values; others may have any of their default's type
     "scale": srgan.SCALES, "block": srgan.GENERATORS, "init": srgan.INITS, "norm": srgan.NORMS,
     "content_network": PHI, "kernel": srgan.KERNELS, "augment": srgan.SYMMETRIES,
     "store": ("auto", "always", "never"), "schedule": ("constant", "step", "cosine"),
     "pixel_loss": srgan.PIXEL_LOSSES, "adversarial_loss": srgan.ADVERSARIAL_LOSSES,
     "precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
 }
-# No number may be negative, and these must not be 0 either ...
+# No number may be negative. These must not be 0 either.
 POSITIVE = ("channels", "patch_size", "batch_size", "steps_per_epoch", "epochs", "lr",
             "validate_every", "discriminator_steps", "content_divisor")
-# ... and these must be below 1: otherwise, the moving average or Adam would never move.
+# These must be below 1: otherwise, the moving average or Adam would never move.
 BELOW_1 = ("ema", "betas")
 
 
@@ -790,13 +819,18 @@ def resolve_settings(args, saved=None):
         if value is not None:
             change(settings, {name.replace("STAGE", args.stage): parse_value(value)})
 
-    # What would only show much later, or never.
+    # Mistakes that would show much later, or never.
     if settings["patch_size"] % settings["scale"]:
         raise InputError(f"patch_size must be a multiple of scale, {settings['scale']}")
     if len(settings["split"]) != 3 or sum(settings["split"]) != 100:
         raise InputError("split must be three percentages, in total 100")
     if len(settings[f"{args.stage}.betas"]) != 2:
         raise InputError(f"{args.stage}.betas must be two numbers")
+    channels = settings["discriminator.channels"]
+    if not channels or set(map(type, channels)) != {int}:
+        raise InputError("discriminator.channels must be one or more whole numbers")
+    if settings["discriminator.first_kernel"] % 2 == 0:
+        raise InputError("discriminator.first_kernel must be an odd number")
     weights = [settings[f"{args.stage}.{name}_weight"] for name in srgan.CONTENT_LOSSES
                if name != "tv"]
     if not any(weights):
@@ -853,17 +887,20 @@ def change(settings, changes):
 
 def check_numbers(name, value):
     """Refuse numbers that would destroy or mislead: see POSITIVE and BELOW_1."""
-    numbers = value if type(value) is list else [value]
+    numbers = [value]
+    if type(value) is list:
+        numbers = value
+        if not all(type(number) in (int, float) for number in numbers):
+            raise InputError(f"{name} must be a list of numbers, not {value!r:.60}")
+    elif type(value) not in (int, float):
+        return
     key = name.split(".")[-1]
     for number in numbers:
-        if type(value) is list and type(number) not in (int, float):
-            raise InputError(f"{name} must be a list of numbers, not {value!r:.60}")
-        if type(number) not in (int, float):
-            continue
-        if not 0 <= number < math.inf or (number == 0 and key in POSITIVE):
-            raise InputError(f"{name} must be above 0, not {number}" if key in POSITIVE else
-                             f"{name} must be 0 or above, not {number}")
-        if number >= 1 and key in BELOW_1:
+        if key in POSITIVE and number == 0:
+            raise InputError(f"{name} must be above 0")
+        if not 0 <= number < math.inf:
+            raise InputError(f"{name} must be 0 or above, not {number}")
+        if key in BELOW_1 and number >= 1:
             raise InputError(f"{name} must be below 1, not {number}")
 
 

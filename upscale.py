@@ -129,8 +129,9 @@ def parse_args():
 def plan(args):
     """[(input path, output path)] of all inputs. Raises InputError for unusable arguments."""
     target = Path(args.output)
+    key = str.lower if ignores_case(target) else str
     if len(args.input) > 1 or Path(args.input[0]).is_dir() or args.output.endswith(("/", os.sep)):
-        jobs = plan_folder(args.input, target, args.ext)
+        jobs = plan_folder(args.input, target, args.ext, key)
     elif target.is_dir():
         raise InputError(f"{target} is a folder; write {target}{os.sep} to put the image into it")
     elif not target.parent.is_dir():
@@ -141,12 +142,16 @@ def plan(args):
         raise InputError("--ext is for output folders; the output's ending gives its format")
     else:
         jobs = [(path, target) for path in srgan.find_images(args.input[0])]
-        ignores_case(target.parent)                  # fails before hours of work, not after
 
-    # A link to an input, or its name in other letters on a disk that ignores case, is the input.
-    sources = {identity(source) for source, _ in jobs}
+    # An input is known by its name and, as it may have several, by what the disk calls it.
+    inputs = set()
+    Image.init()                                     # fills Image.SAVE
+    for source, _ in jobs:
+        inputs.add(key(os.path.realpath(source)))
+        inputs.add(identity(source))
     for _, result in jobs:
-        if os.path.exists(result) and identity(result) in sources:
+        is_input = os.path.exists(result) and identity(result) in inputs
+        if is_input or key(os.path.realpath(result)) in inputs:
             raise InputError(f"{result} is an input and is never overwritten; name another output")
         if FORMATS[result.suffix.lower()] not in Image.SAVE:
             raise InputError(f"{result}: this version of Pillow cannot write it; pip install "
@@ -155,13 +160,13 @@ def plan(args):
 
 
 def identity(path):
-    """The same for all names of a file."""
+    """The same for all links to a file."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 
 
-def plan_folder(inputs, target, ext):
-    """The jobs of plan() if the output is a folder."""
+def plan_folder(inputs, target, ext, key):
+    """The jobs of plan() if the output is a folder, in which names of equal key(name) are one."""
     if target.is_file() or target.suffix.lower() in FORMATS and not target.is_dir():
         raise InputError(f"{target} is a file name; a folder for several images ends in /")
 
@@ -178,7 +183,6 @@ def plan_folder(inputs, target, ext):
     results = {path: result_name(name, ext) for path, name in names.items()}
 
     # Where a.jpg and a.png would both become a.png, they become a.jpg.png and a.png.png.
-    key = str.lower if ignores_case(target) else str
     taken = Counter(key(str(result)) for result in results.values())
     for path, result in results.items():
         if taken[key(str(result))] > 1:
@@ -250,7 +254,7 @@ class Outcome:
         self.sizes = []                              # (width, height) of each result
         self.failures = []                           # a line about each image that failed
         self.notes = {}                              # {note: paths of the images}
-        self.disk_is_full = False
+        self.disk_failed = False
 
     def note(self, note, path):
         self.notes.setdefault(note, []).append(path)
@@ -279,7 +283,8 @@ def upscale_all(jobs, generator, args):
                     outcome.note("skipped, as another process is making it", result)
                     continue
                 except OSError as error:
-                    outcome.failures.append(f"{result}: cannot be written ({error.strerror})")
+                    reason = srgan.one_line(error)
+                    outcome.failures.append(f"{result}: cannot be written ({reason})")
                     continue
                 except InputError as error:
                     outcome.failures.append(str(error))
@@ -288,7 +293,7 @@ def upscale_all(jobs, generator, args):
                     outcome.note(note, source)
                 # Wait for the previous result, then hand over this one with its claim.
                 wait(saving)
-                if outcome.disk_is_full:
+                if outcome.disk_failed:
                     break
                 saving = [pool.submit(save, image, pixels, args.outscale, result, outcome,
                                       claim.pop_all())]
@@ -298,7 +303,7 @@ def upscale_all(jobs, generator, args):
 
 @contextlib.contextmanager
 def claimed(result):
-    """Tell other processes that this one makes a result. Raises filelock.Timeout if another does."""
+    """Tell other processes that this one makes a result. Raises Timeout if another one does."""
     lock = FileLock(f"{srgan.temporary_path(result)}.lock", thread_local=False)
     with lock.acquire(timeout=0):
         try:
@@ -382,8 +387,9 @@ def save(image, pixels, outscale, result, outcome, claim):
                 temporary.write_bytes(file.getbuffer())
             outcome.sizes.append(large.size)
         except Exception as error:                   # any type: no memory, too long a name
-            outcome.failures.append(f"{result}: cannot be written ({srgan.one_line(error)})")
-            outcome.disk_is_full = getattr(error, "errno", None) in DISK_ERRORS
+            outcome.disk_failed = getattr(error, "errno", None) in DISK_ERRORS
+            end = "; stopped" if outcome.disk_failed else ""
+            outcome.failures.append(f"{result}: cannot be written ({srgan.one_line(error)}){end}")
 
 
 def save_options(info, form):

@@ -53,7 +53,7 @@ def make_update(device, stage, form):
     args = train.parse_args(["--data", "x", "--stage", stage, "--feature-weights", "random",
                              "--precision", precision])
     settings = train.resolve_settings(args)
-    train.set_up_arithmetic(device, settings)
+    settings["precision"] = train.set_up_arithmetic(device, settings["precision"])
     networks = train.make_networks(settings, stage, None, device)
     layout = torch.contiguous_format if plain else torch.channels_last
     lr = torch.rand(16, 3, 24, 24, device=device).contiguous(memory_format=layout)

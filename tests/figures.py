@@ -15,8 +15,8 @@ generators = {title: srgan.load_generator(ROOT / f"weights/{title.lower()}.pth")
               for title in ("SRResNet", "SRGAN")}
 for name, path, _ in srgan.find_pairs(ROOT / "figures"):
     lr, hr = srgan.open_pair(path)
-    images = {"nearest neighbour": srgan.upsample(lr, method=Image.Resampling.NEAREST),
-              "bicubic": srgan.upsample(lr)}
+    images = {"nearest neighbour": srgan.interpolate(lr, method=Image.Resampling.NEAREST),
+              "bicubic": srgan.interpolate(lr)}
     images |= {title: srgan.upscale(g, lr) for title, g in generators.items()}
     images["original"] = hr
     srgan.side_by_side([*images.values()], [*images]).save(ROOT / f"figures/{name}.png")

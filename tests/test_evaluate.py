@@ -68,7 +68,7 @@ def upscalers():
     """{model: function of LR}, as the models of a table with tiny.pth are meant."""
     generator = srgan.optimize_for_inference(srgan.load_generator("tiny.pth"))
     return {"nearest": lambda lr: lr.repeat(4, 0).repeat(4, 1),
-            "bicubic": srgan.upsample,
+            "bicubic": srgan.interpolate,
             "tiny.pth": lambda lr: srgan.upscale(generator, lr)}
 
 
@@ -86,28 +86,28 @@ def test_each_image_is_measured_on_y_without_a_border_of_4(measured, model, metr
 def test_a_border_as_wide_as_the_scale_is_left_out(measured):
     """main, with --scale 2: 2 pixels."""
     document = measured("--data", "set", "--scale", "2")
-    values = expected(srgan.psnr, lambda lr: srgan.upsample(lr, 2), 2, shave=2)
+    values = expected(srgan.psnr, lambda lr: srgan.interpolate(lr, 2), 2, shave=2)
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
 
 def test_shave_sets_another_border(measured):
     """main, with --shave."""
     document = measured("--data", "set", "--shave", "0")
-    values = expected(srgan.psnr, srgan.upsample, shave=0)
+    values = expected(srgan.psnr, srgan.interpolate, shave=0)
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
 
 def test_rgb_measures_all_three_colours(measured):
     """main, with --rgb."""
     document = measured("--data", "set", "--rgb")
-    values = expected(srgan.psnr, srgan.upsample, shave=4, luma=False)
+    values = expected(srgan.psnr, srgan.interpolate, shave=4, luma=False)
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
 
 def test_the_mean_and_the_standard_deviation_are_over_the_images(measured):
     """report_models."""
     scores = measured("--data", "set")["models"]["bicubic"]
-    values = expected(srgan.ssim, srgan.upsample)
+    values = expected(srgan.ssim, srgan.interpolate)
     summary = {"mean": np.mean(values), "std": np.std(values)}
     assert scores["ssim"] == pytest.approx(summary, abs=1e-9)
 
@@ -179,7 +179,7 @@ def test_lr_images_beside_hr_are_taken(measured):
     """main: --data with HR/ and LR_bicubic_x4/."""
     document = measured("--data", "set")
     assert document["protocol"]["lr"] == "LR images of the folder"
-    values = expected(srgan.psnr, srgan.upsample)
+    values = expected(srgan.psnr, srgan.interpolate)
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
 
@@ -197,7 +197,7 @@ def test_lr_data_names_lr_images_elsewhere(measured):
     for i in range(3):
         write(f"other/i{i}x4.png", srgan.open_rgb(f"set/LR_bicubic_x4/i{i}.png") // 2)
     document = measured("--data", "set", "--lr-data", "other")
-    values = expected(srgan.psnr, lambda lr: srgan.upsample(lr // 2))
+    values = expected(srgan.psnr, lambda lr: srgan.interpolate(lr // 2))
     assert document["protocol"]["lr"] == "other"
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
@@ -209,7 +209,7 @@ def test_lr_is_made_from_hr_by_the_kernel(measured, kernel):
     values = []
     for i in range(3):
         lr, hr = srgan.open_pair(f"set/HR/i{i}.png", None, 4, kernel)
-        values.append(srgan.psnr(srgan.upsample(lr), hr))
+        values.append(srgan.psnr(srgan.interpolate(lr), hr))
     assert document["protocol"]["lr"] == f"{kernel} x1/4 of HR"
     assert bicubic(document) == pytest.approx(np.mean(values), abs=1e-9)
 
@@ -358,7 +358,7 @@ def test_per_image_adds_a_row_for_each_image(run):
     _, out, _ = run("--data", "set", "--per-image")
     rows = [line.split() for line in out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["nearest", "i0", "i1", "i2", "bicubic", "i0", "i1", "i2"]
-    values = expected(srgan.psnr, srgan.upsample)
+    values = expected(srgan.psnr, srgan.interpolate)
     assert [row[1] for row in rows[5:]] == [f"{value:.2f}" for value in values]
 
 

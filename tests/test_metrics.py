@@ -168,7 +168,7 @@ def images(tmp_path):
 
 
 def bicubic(lr, stem):
-    return srgan.upsample(lr, 4)
+    return srgan.interpolate(lr, 4)
 
 
 def measure_all(pairs, save=None, **models):
@@ -201,7 +201,7 @@ def test_lr_is_made_by_the_scale_and_the_kernel(images, scale, kernel):
 
     def model(lr, stem):
         seen.append(lr)
-        return srgan.upsample(lr, scale)
+        return srgan.interpolate(lr, scale)
 
     srgan.measure_all(images[:1], {"SR": model}, scale, kernel, names=["psnr"])
     expected, _ = srgan.open_pair(images[0][1], None, scale, kernel)
@@ -297,7 +297,7 @@ def test_letters_become_smaller_until_the_longest_line_fits():
 def test_nearest_repeats_each_pixel(scale):
     """upsample, with Resampling.NEAREST."""
     lr = photo(5, 7)
-    sr = srgan.upsample(lr, scale, Image.Resampling.NEAREST)
+    sr = srgan.interpolate(lr, scale, Image.Resampling.NEAREST)
     assert np.array_equal(sr, lr.repeat(scale, 0).repeat(scale, 1))
 
 
@@ -306,6 +306,6 @@ def test_bicubic_lies_nearer_to_the_original_than_nearest(scale):
     """upsample, which is bicubic by default."""
     hr = np.array(Image.fromarray(photo(16, 20)).resize((20 * scale, 16 * scale), 3))
     lr = np.array(Image.fromarray(hr).resize((20, 16), 3))
-    sr = srgan.upsample(lr, scale)
-    nearest = srgan.upsample(lr, scale, Image.Resampling.NEAREST)
+    sr = srgan.interpolate(lr, scale)
+    nearest = srgan.interpolate(lr, scale, Image.Resampling.NEAREST)
     assert sr.shape == hr.shape and srgan.psnr(sr, hr) > srgan.psnr(nearest, hr)

@@ -379,19 +379,30 @@ def test_a_store_that_does_not_fit_on_the_disk_leaves_nothing_behind(photos, tmp
 
 
 def test_at_most_eight_images_are_decoded_ahead_by_four_threads(monkeypatch):
-    """decode_ahead: when image i arrives, those after i + 7 have not been opened."""
+    """decode_ahead, on 16 cores: when image i arrives, those after i + 7 have not been opened."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     started = []
     threads = set()
 
     def open_rgb(path):
         started.append(path)
         threads.add(threading.current_thread())
-        time.sleep(0.002)
+        time.sleep(0.001)
         return np.full((1, 1, 3), path, np.uint8)
     monkeypatch.setattr(srgan, "open_rgb", open_rgb)
     for i, image in enumerate(srgan.decode_ahead(range(40))):
         assert image[0, 0, 0] == i
-        time.sleep(0.004)                                        # time to open more
+        if i < 5:
+            time.sleep(0.1)                                      # time to open more
         assert len(started) <= i + 8
     assert len(started) == 40
     assert len(threads) <= 4
+
+
+def test_a_store_that_exists_is_used_even_if_it_would_no_longer_fit(photos, tmp_path, monkeypatch):
+    """Store, mode "auto": a second run must see the data that the first saw."""
+    first = srgan.Store(srgan.find_images(photos), tmp_path / "cache", "auto")
+    monkeypatch.setattr(srgan, "STORE_LIMIT", 1000)
+    second = srgan.Store(srgan.find_images(photos), tmp_path / "cache", "auto")
+    assert torch.equal(first.pixels, second.pixels)
+    assert srgan.Store(srgan.find_images(photos), tmp_path / "other", "auto").pixels is None

@@ -183,6 +183,10 @@ def test_a_moving_average_must_move(name):
 
 @pytest.mark.parametrize("setting, words", [
     ("patch_size=90", "patch_size must be a multiple of scale, 4"),
+    ("discriminator.channels=[]", "discriminator.channels must be one or more whole numbers"),
+    ("discriminator.channels=[8.5]", "discriminator.channels must be one or more whole numbers"),
+    ("discriminator.first_kernel=4", "discriminator.first_kernel must be an odd number"),
+    ("gan.betas=[0.9]", "gan.betas must be two numbers"),
     ("split=[80,15,6]", "split must be three percentages"), ("split=[100]", "split must be three"),
     ("gan.content_weight=0", "gan: the weights of all losses that compare SR with HR are 0")])
 def test_settings_that_do_not_go_together_are_refused(setting, words):

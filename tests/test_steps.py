@@ -249,8 +249,8 @@ def make_tools(networks, **changes):
     """train.Tools of stage 2, with a pixel loss and an adversarial weight of 0.25."""
     content = srgan.WeightedSum()
     content.terms["pixel"] = (1.0, srgan.mse_loss)
-    tools = train.Tools(networks.G, networks.D, networks.adam_G, networks.adam_D, content,
-                        weight=0.25, game=srgan.ADVERSARIAL_LOSSES["bce"], penalty=None, shift=0)
+    tools = train.Tools(networks.G, networks.adam_G, content, networks.D, networks.adam_D,
+                        weight=0.25, game=srgan.ADVERSARIAL_LOSSES["bce"])
     return tools._replace(**changes)
 
 
@@ -300,19 +300,21 @@ def test_input_gradient_is_that_of_each_images_own_score():
 
 
 def test_each_critic_step_takes_a_batch_of_its_own_and_then_g_steps_once(game):
-    """train.update with three pairs and a penalty."""
+    """train.update with three pairs, a penalty and the losses of a critic."""
     other = twin(game)
     pairs = [draw(game), draw(game), draw(game)]
 
     def penalty(sr, hr):
         return 0.1 * srgan.r1_penalty(game.D, sr, hr)
-    train.update(make_tools(game, penalty=penalty), pairs)
+    tools = make_tools(game, penalty=penalty, game=srgan.ADVERSARIAL_LOSSES["wasserstein"])
+    train.update(tools, pairs)
     for number, (lr, hr) in enumerate(pairs, 1):
         sr = other.G(lr)
-        loss = bce_d(other.D(hr), other.D(sr.detach())) + 0.1 * plain_r1_penalty(other.D, sr, hr)
-        step(other.adam_D, loss)
+        loss = wasserstein_d(other.D(hr), other.D(sr.detach()))
+        step(other.adam_D, loss + 0.1 * plain_r1_penalty(other.D, sr, hr))
         if number == 3:
-            step(other.adam_G, (hr - sr).square().mean() + 0.25 * bce_g(other.D(sr), None))
+            loss = (hr - sr).square().mean() + 0.25 * wasserstein_g(other.D(sr), None)
+            step(other.adam_G, loss)
     check_networks(game, other)
 
 

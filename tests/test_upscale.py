@@ -108,7 +108,8 @@ def test_icc_profile_dpi_and_exif_are_kept_and_orientation_is_applied(result, ou
     large = result(RGB, "a.jpg", out, icc_profile=profile, dpi=(300, 300), exif=camera_exif())
     kept = large.getexif()
     assert kept.get(UPRIGHT, 1) == 1 and near(large, RGB.rotate(-90, expand=True))
-    assert kept[271] == "Maker" and kept[33432].encode("latin-1").decode() == "\u00a9 2024 Jos\u00e9"
+    assert kept[271] == "Maker"
+    assert kept[33432].encode("latin-1").decode() == "\u00a9 2024 Jos\u00e9"
     assert kept.get_ifd(0x8769)[36867] == "2023:01:02 03:04:05"
     assert kept.get_ifd(0x8825)[2] == (52.0, 30.0, 12.5)
     assert large.info["icc_profile"] == profile
@@ -187,7 +188,8 @@ def grey_profile():
     """An ICC profile of grey with a gamma of 1."""
     xyz = struct.pack(">3l", 63190, 65536, 54061)                # D50
     tags = {b"desc": b"desc" + bytes(4) + struct.pack(">L", 1) + bytes(79),
-            b"wtpt": b"XYZ " + bytes(4) + xyz, b"kTRC": b"curv" + bytes(8), b"cprt": b"text" + bytes(8)}
+            b"wtpt": b"XYZ " + bytes(4) + xyz, b"kTRC": b"curv" + bytes(8),
+            b"cprt": b"text" + bytes(8)}
     table, body = struct.pack(">L", len(tags)), b""
     for name, data in tags.items():
         table += struct.pack(">4sLL", name, 132 + 12 * len(tags) + len(body), len(data))
@@ -334,6 +336,8 @@ def test_names_that_differ_in_case_collide_where_the_disk_says_so(up, monkeypatc
     assert written("fat") == ["IMG_1.jpg.png", "img_1.png.png"]
     save_in("deep/IMG_1.png", "deep/sub/x.png")
     assert "would both become" in up("in/img_1.png", "in/deep/IMG_1.png", "both/")[2]
+    for output in ("in/IMG_1.PNG", "IN/"):
+        assert "never overwritten" in up("in/img_1.png", output, "--overwrite")[2]
 
 
 def test_whether_a_disk_ignores_case_is_asked_in_the_folder_or_above_it(tmp_path, monkeypatch):
@@ -408,6 +412,14 @@ def test_the_longest_side_of_a_format_is_known_before_the_work(tmp_path):
         assert upscale.decode(tmp_path / "a.png", tmp_path / out, 4).size == (side - 1, 1)
 
 
+def test_a_fresh_process_writes_other_formats_than_png(ckpt, tmp_path):
+    """upscale.main, in a process in which Pillow has not loaded its plug-ins yet."""
+    RGB.save(tmp_path / "a.png")
+    command = [sys.executable, ROOT / "upscale.py", "a.png", "out.tif", "--ckpt", ckpt]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert Image.open(tmp_path / "out.tif").size == (120, 80)
+
+
 def test_a_line_says_name_size_and_precision_and_a_terminal_shows_a_bar(up, monkeypatch):
     RGB.save("a.png")
     status, out, err = up("a.png", "b.png")
@@ -480,8 +492,8 @@ def test_the_readmes_video_recipe_keeps_colours_shape_speed_and_sound(tmp_path):
     run("ffmpeg -f lavfi -i color=0x00ff00:s=44x34:r=30:d=0.1 -f lavfi -i sine=d=0.1 -c:v libx264"
         " -qp 0 -pix_fmt yuv444p -vf scale=out_color_matrix=bt709,setparams=colorspace=bt709,"
         "setsar=15/11 -c:a pcm_s16le -f mov in.mp4")
-    recipe = (ROOT / "README.md").read_text("utf-8").split("**A video**")[1].split("```")[1]
-    run(recipe.removeprefix("bash"))
+    section = (ROOT / "README.md").read_text("utf-8").split("A video is enlarged")[1]
+    run(section.split("```bash")[1].split("# Before all this")[0])
     facts = run("ffprobe -v error -of json -show_streams out.mp4")
     video, sound = json.loads(facts)["streams"]
     assert (video["width"], video["height"]) == (4 * 60, 4 * 34) and video["nb_frames"] == "3"

@@ -84,9 +84,9 @@ def test_tiles_bound_the_memory():
 
 
 def test_if_memory_runs_out_the_message_says_what_to_do(generator, monkeypatch):
-    def features(generator, lr):
+    def compute_maps(generator, lr):
         raise RuntimeError(message)
-    monkeypatch.setattr(srgan, "features", features)
+    monkeypatch.setattr(srgan, "compute_maps", compute_maps)
     for message, error in (("CUDA out of memory", MemoryError), ("something else", RuntimeError),
                            ("DefaultCPUAllocator: can't allocate memory", MemoryError)):
         with pytest.raises(error, match="something|use smaller tiles"):

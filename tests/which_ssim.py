@@ -86,7 +86,7 @@ def make_inputs():
     hr = np.vstack([upper, lower])                               # [640, 640, 3]
     lr = srgan.downsample(srgan.to_tensor(hr)[None])
     lr = srgan.to_pixels(lr * 2 - 1)[0].numpy()                  # [160, 160, 3]
-    sr = srgan.upsample(lr)
+    sr = srgan.interpolate(lr)
 
     inputs = {}
     for name, image in (("sr", sr), ("hr", hr)):
