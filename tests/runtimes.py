@@ -73,7 +73,8 @@ def load_ncnn(network):
     """By pnnx, from a trace. Two example sizes tell it which sides may vary."""
     import ncnn
     import pnnx
-    pnnx.export(network, "network.pt", (EXAMPLE,), (EXAMPLE[..., :64],), fp16=False)
+    with torch.no_grad():
+        pnnx.export(network, "network.pt", (EXAMPLE,), (EXAMPLE[..., :64],), fp16=False)
     model = ncnn.Net()
     model.opt.num_threads = 1
     model.opt.use_sgemm_convolution = False                      # writes out all 9x9 windows

@@ -197,8 +197,10 @@ def report(args, path):
         sign = "" if variant == "base" else "+"
         cells = []
         for values in np.transpose(changes):
-            spread = (values.max() - values.min()) / 2
-            cells.append(f"{values.mean():{sign}.2f} ± {spread:.2f}")
+            cell = f"{values.mean():{sign}.2f}"
+            if len(values) > 1:
+                cell += f" ± {(values.max() - values.min()) / 2:.2f}"
+            cells.append(cell)
         print(f"| {variant} | " + " | ".join(cells) + f" | {len(changes)} |")
 
 
