@@ -1974,7 +1974,7 @@ class FusedResidualBlock(nn.Module):
 
     def forward(self, x):
         y = self.first(x)
-        y = F.leaky_relu(y, self.slope, inplace=not torch.is_grad_enabled())
+        y = F.leaky_relu(y, self.slope, inplace=not y.requires_grad)
         if self.keep:
             x = x.clone()
         return self.second(y, plus=x)
@@ -2003,7 +2003,7 @@ class FusedConv(nn.Module):
             return self.fused(x, plus, dtype)
         x = self.conv(x)
         if self.slope is not None:
-            x = F.leaky_relu(x, self.slope, inplace=not torch.is_grad_enabled())
+            x = F.leaky_relu(x, self.slope, inplace=not x.requires_grad)
         if plus is not None:
             x = plus + x
         return x

@@ -8,6 +8,7 @@ neighbouring pairs, with the range of the middle half of them.
     update       SRResNet and SRGAN-VGG54 updates of 16 patches of 96x96
     upscale      images of 128x128 and 256x256
     precision    --precision auto against fp32 and against bf16: neither should be faster
+    runtimes     upscaling in fp32 against OpenVINO on the same rearranged graph, if it is installed
 
 The baseline of the first two is "plain": the same steps and networks without section 9, that
 is fp32, channels-first, eager, Fig. 4 as drawn. Measured on 2 cores of an AMD EPYC with
@@ -21,6 +22,7 @@ AVX512-BF16, torch 2.14, shared with other work; no GPU has been measured:
 """
 import argparse
 import functools
+import importlib.util
 import multiprocessing
 import sys
 import time
@@ -75,16 +77,39 @@ def make_update(device, stage, form):
 
 
 def make_upscale(device, side, form):
-    """A function that upscales one image of side x side; form: "plain" or a precision."""
-    image, generator = photo(side, side), srgan.Generator().to(device).eval()
+    """A function that upscales one image of side x side.
+
+    form: "plain", "openvino" or a precision.
+    """
+    image = photo(side, side)
+    generator = srgan.Generator().to(device).eval()
+    if form == "openvino":
+        return make_openvino(generator, image)
     if form != "plain":
-        generator = srgan.optimize_for_inference(generator.to(memory_format=torch.channels_last))
+        generator = srgan.optimize_for_inference(generator)
         precision = srgan.pick_precision(device, form)
         return lambda: srgan.upscale(generator, image, precision=precision)
 
     @torch.inference_mode()
     def upscale():
-        return srgan.to_pixels(generator(srgan.to_tensor(image)[None].to(device))).cpu()
+        lr = srgan.to_tensor(image)[None].to(device)
+        return srgan.to_pixels(generator(lr)).cpu()
+    return upscale
+
+
+def make_openvino(generator, image):
+    """A function that upscales an image in fp32 by OpenVINO, from the graph of our fast form."""
+    import openvino
+    lr = srgan.to_tensor(image)[None].contiguous()
+    model = openvino.convert_model(srgan.optimize_for_inference(generator), example_input=lr,
+                                   input=list(lr.shape))
+    options = {"INFERENCE_PRECISION_HINT": "f32",
+               "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(model, "CPU", options)
+
+    def upscale():
+        lr = srgan.to_tensor(image)[None].contiguous()
+        return srgan.to_pixels(torch.from_numpy(compiled(lr.numpy())[0]))
     return upscale
 
 
@@ -95,14 +120,15 @@ def worker(pipe, make, device, *what):
         pipe.send(seconds(function, device))
 
 
-def compare(title, make, what, device, rounds, baseline="plain"):
-    """Time --precision auto in turn with the baseline, and print a row."""
+def compare(title, make, what, device, rounds, baseline="plain", form="auto"):
+    """Time a form, by default --precision auto, in turn with the baseline, and print a row."""
     spawn = multiprocessing.get_context("spawn")
     parent, child = spawn.Pipe()
     process = spawn.Process(target=worker, args=(child, make, device, what, baseline), daemon=True)
     process.start()
     child.close()
-    function, pairs = make(device, what, "auto"), []
+    function = make(device, what, form)
+    pairs = []
     for _ in range(rounds + 5):                  # the first ones warm up and compile
         parent.send(True)
         pairs.append((parent.recv(), seconds(function, device)))
@@ -120,7 +146,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
-    modes = ["update", "upscale", "precision"]
+    modes = ["update", "upscale", "precision", "runtimes"]
     parser.add_argument("--only", nargs="+", default=modes, choices=modes)
     args = parser.parse_args()
     device = srgan.pick_device(args.device)
@@ -136,6 +162,12 @@ def main():
         for baseline in ("fp32", "bf16"):
             if "precision" in args.only:
                 compare(f"{mode} {cases[0]}", make, cases[0], device, args.rounds, baseline)
+    if "runtimes" in args.only and not importlib.util.find_spec("openvino"):
+        print("runtimes: skipped, because openvino is not installed (pip install openvino)")
+    elif "runtimes" in args.only:
+        for side in (128, 256):
+            compare(f"fp32 {side}", make_upscale, side, torch.device("cpu"), args.rounds,
+                    "openvino", "fp32")
 
 
 if __name__ == "__main__":
