@@ -1269,6 +1269,16 @@ def cut_tiles(height, width, side, overlap):
     return areas
 
 
+def cut_for_enlarging(height, width, overlap=0):
+    """Cut a tile into the parts that are enlarged one after the other: a list of `Area`.
+
+    Small and narrow tiles take little memory, so that theirs may be larger.
+    """
+    if height * width <= 128 * 128 or min(height, width) < 32:
+        return cut_tiles(height, width, 128, overlap)
+    return cut_tiles(height, width, PART, overlap)
+
+
 def paste(result, sr, area):
     """Copy SR of a tile, without its overlap, to its place in the result: [..., H, W] both."""
     scale = sr.shape[-1] // (area.seen_columns.stop - area.seen_columns.start)
@@ -1286,8 +1296,7 @@ def super_resolve(generator, lr, bar):
     scale = generator.arch["scale"]
     sr = lr.new_empty(1, 3, scale * height, scale * width)
     maps = compute_maps(generator, lr)                           # [1, 64, h, w]
-    overlap = radii(generator)[1]
-    for part in cut_tiles(height, width, PART, overlap):
+    for part in cut_for_enlarging(height, width, radii(generator)[1]):
         seen = maps[..., part.seen_rows, part.seen_columns]
         paste(sr, enlarge(generator, seen), part)
         bar.update()
@@ -1332,7 +1341,7 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     parts = 0
     for area in areas:
         seen = image[area.seen_rows, area.seen_columns]
-        parts += len(cut_tiles(len(seen), len(seen[0]), PART, 0))
+        parts += len(cut_for_enlarging(len(seen), len(seen[0])))
     method = super_resolve
     if ensemble:
         method = self_ensemble
@@ -1912,6 +1921,7 @@ def optimize_for_inference(generator):
     rearranged. The copy's forward() is fast, too, and so is what is exported from it.
     """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
+    generator.to(memory_format=torch.channels_last)              # as oneDNN and cuDNN prefer it
     generator.head = fuse_layers(generator.head)
     generator.fuse = fuse_layers(generator.fuse)
     for i, block in enumerate(generator.blocks):
@@ -1949,15 +1959,22 @@ def fuse_layers(layers):
 
 
 class FusedResidualBlock(nn.Module):
-    """ResidualBlock as two fused convolutions. keep: do not overwrite the input."""
+    """ResidualBlock in its fast form. keep: do not overwrite the input.
+
+    The activation stays apart. For oneDNN each slope makes another operation, and what it keeps of
+    each would lie between large tensors, in gaps that no other fits into: twice the memory.
+    """
 
     def __init__(self, block, keep):
         super().__init__()
         self.first, self.second = fuse_layers(block.body)
+        self.slope = self.first.slope
+        self.first.slope = None
         self.keep = keep
 
     def forward(self, x):
         y = self.first(x)
+        y = F.leaky_relu(y, self.slope, inplace=not torch.is_grad_enabled())
         if self.keep:
             x = x.clone()
         return self.second(y, plus=x)

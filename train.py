@@ -897,7 +897,7 @@ def check_numbers(name, value):
     key = name.split(".")[-1]
     for number in numbers:
         if key in POSITIVE and number == 0:
-            raise InputError(f"{name} must be above 0")
+            raise InputError(f"{name} must be above 0, not 0")
         if not 0 <= number < math.inf:
             raise InputError(f"{name} must be 0 or above, not {number}")
         if key in BELOW_1 and number >= 1:

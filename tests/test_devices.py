@@ -206,7 +206,7 @@ class Waits(TorchDispatchMode):
 def updates_that_wait(settings, stage, n_updates, monkeypatch):
     """Train for an epoch of some updates on "meta". The numbers of updates before each wait."""
     train.change(settings, {f"{stage}.epochs": 1, "steps_per_epoch": n_updates})
-    monkeypatch.setattr(train, "record_signals", list)           # leave pytest's handlers
+    monkeypatch.setattr(train, "record_signals", lambda world: [])  # leave pytest's handlers
     state, tools = prepare(settings, stage, META)
     batches = (draw(settings, stage, META) for _ in range(n_updates))
     waits = Waits(state)
