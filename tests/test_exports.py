@@ -9,7 +9,7 @@ from conftest import ROOT
 import srgan
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe():
     """The README's lines that export a network."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ def recipe():
     return example.splitlines()[0] + "\n" + lines                # with the line that imports
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_generator():
     """A small generator as the README's `generator`: ready for inference, in channels_last."""
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def small_generator():
     return srgan.optimize_for_inference(generator)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def onnx_file(recipe, small_generator, tmp_path_factory):
     """srgan.onnx, written by the README's lines."""
     pytest.importorskip("onnx")

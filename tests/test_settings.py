@@ -313,12 +313,12 @@ def outcome(photos, cache, stage, *changes):
     return [dict(state.average.state_dict()), state.training()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unchanged(photos, cache):
     """The outcome of both stages with the base settings."""
     return {stage: outcome(photos, cache, stage) for stage in ("srresnet", "gan")}

@@ -57,17 +57,22 @@ def test_optimizing_for_inference_changes_the_layers_but_not_the_function(double
         assert (folded(x) - g(x)).abs().max() <= 1e-9 * g(x).abs().max()
 
 
-def close(result, expected, tolerance=1e-4):
-    """Whether float32 results are alike, for fused operators exist in float32 and bf16 only."""
-    return (result - expected).abs().max() <= tolerance * expected.abs().max()
-
-
 def a_fused_generator():
-    """(optimised copy, LR large enough for its fused form, the SR of Fig. 4)."""
+    """(optimised copy, LR large enough for its fused form, the SR of Fig. 4: see check)."""
     g = randomised(srgan.Generator(channels=8, n_blocks=2)).eval()
     lr = torch.rand(1, 3, 90, 100)
+    fast = srgan.optimize_for_inference(g)
     with torch.no_grad():
-        return srgan.optimize_for_inference(g), lr, g(lr)
+        rounded = g(lr)
+        exact = g.double()(lr.double())
+    error = (rounded - exact).abs().max()
+    return fast, lr, types.SimpleNamespace(sr=exact, error=error)
+
+
+def check(sr, expected):
+    """The fused form has float32 only: it is about as near to float64 as the form of Fig. 4 is."""
+    resolution = torch.finfo(torch.float32).eps * expected.sr.abs().max()
+    assert (sr - expected.sr).abs().max() <= 10 * max(expected.error, resolution)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -99,10 +104,10 @@ def test_fused_conv_does_without_the_private_operators(hidden, monkeypatch):
     usual = copy.deepcopy(fast)                                  # packs again, in vain
     assert not any(m.packed for m in usual.modules() if isinstance(m, srgan.FusedConv))
     with torch.no_grad():
-        assert close(usual(lr), expected)
+        check(usual(lr), expected)
     monkeypatch.undo()
     with torch.no_grad():
-        assert close(usual(lr), fast(lr))
+        check(fast(lr), expected)
 
 
 def test_an_optimised_generator_has_gradients_with_respect_to_lr():
@@ -110,7 +115,7 @@ def test_an_optimised_generator_has_gradients_with_respect_to_lr():
     fast, lr, expected = a_fused_generator()
     sr = fast(lr.requires_grad_())
     sr.sum().backward()
-    assert close(sr, expected)
+    check(sr, expected)
     assert lr.grad.abs().min() > 0
 
 
@@ -120,8 +125,8 @@ def test_an_optimised_generator_can_be_copied_saved_and_cast_after_use():
     with torch.no_grad():
         fast(lr)
         restored = pickle.loads(pickle.dumps(fast))
-        assert close(restored(lr), expected)
-        assert close(copy.deepcopy(fast).double()(lr.double()), expected)
+        check(restored(lr), expected)
+        check(copy.deepcopy(fast).double()(lr.double()), expected)
 
 
 def test_fused_conv_computes_in_the_type_of_autocast():
@@ -132,8 +137,8 @@ def test_fused_conv_computes_in_the_type_of_autocast():
         sr = srgan.enlarge(fast, maps)
     assert maps.dtype == torch.bfloat16
     assert sr.dtype == torch.float32
-    error = (sr - expected).abs().mean()
-    assert 1e-5 < error < 0.1
+    error = (sr - expected.sr).abs().mean() / expected.sr.abs().mean()
+    assert 1e-4 < error < 0.05
 
 
 @pytest.mark.parametrize("fp32, bf16, faster", [(1, 3, "fp32"), (3, 1, "bf16"), (1, None, "fp32")])
