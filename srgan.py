@@ -1243,7 +1243,8 @@ def radius(*networks):
     for network in networks:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                pixels += module.kernel_size[0] // 2 * size      # a k x k kernel sees k // 2
+                far = module.dilation[0] * (module.kernel_size[0] // 2)    # k x k sees k // 2
+                pixels += far * size
             elif isinstance(module, nn.PixelShuffle):
                 size /= module.upscale_factor
     return math.ceil(pixels)
@@ -1495,11 +1496,11 @@ def load_generator(path, device="cpu"):
 
 
 def make_generator(block="residual", scale=4, channels=64, n_blocks=16, tanh=False):
-    """The generator that GENERATORS lists for `block`, with these arguments. Raises ValueError."""
+    """The generator that GENERATORS lists for `block`, with these arguments. Raises InputError."""
     if type(scale) is not int or scale not in SCALES:
-        raise ValueError(f"scale {scale!r:.20} is not 2, 4 or 8")
+        raise InputError(f"scale {scale!r:.20} is not 2, 4 or 8")
     if n_blocks > 256 or channels > 1024:
-        raise ValueError(f"{n_blocks!r:.20} blocks of {channels!r:.20} feature maps are too many")
+        raise InputError(f"{n_blocks!r:.20} blocks of {channels!r:.20} feature maps are too many")
     return GENERATORS[block](scale, channels, n_blocks, tanh)
 
 

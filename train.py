@@ -62,7 +62,8 @@ def main():
     networks = make_networks(settings, stage, start, device)
     state = State(networks, stage_settings(settings, stage), device)
     if saved:
-        state.resume(saved, val=args.val or "")
+        before = saved.get("val") or saved.get("data")
+        state.resume(saved, same_images=before == (args.val or args.data))
         del saved                                                # all that was in it
     total = settings[f"{stage}.epochs"] * settings["steps_per_epoch"]
     if state.step >= total:
@@ -465,10 +466,11 @@ class State:
             parts[f"{name}_adam"] = self.adam[name].state_dict()["state"]
         return parts
 
-    def resume(self, saved, val=""):
+    def resume(self, saved, same_images=True):
         """Restore the state of a checkpoint. Raises InputError if it does not fit.
 
-        The best scores start anew if `val`, the images to validate on, are others than before.
+        same_images: whether validation sees the images that it saw before; if not, the best scores
+        start anew.
         """
         try:
             self.average.load_state_dict(saved["generator"])
@@ -477,7 +479,7 @@ class State:
                 restore_adam(self.adam[name], saved["training"][f"{name}_adam"])
             self.step = int(saved["step"])
             self.seconds = float(saved["seconds"])
-            if saved["val"] == val:
+            if same_images:
                 self.best = dict(saved["best"])
                 self.baselines = dict(saved["baselines"])
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -755,7 +757,7 @@ def write_rows(path, rows):
     scores = [name + end for name in srgan.METRICS for end in ("", "_std")]
     columns = ["epoch", "update", "lr", *LOSSES, *scores, "updates_per_s", "memory_mb"]
     with srgan.replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")    # a resumed run has more
         writer.writeheader()
         writer.writerows(rows)
 
@@ -898,8 +900,10 @@ def check_numbers(name, value):
     for number in numbers:
         if key in POSITIVE and number == 0:
             raise InputError(f"{name} must be above 0, not 0")
-        if not 0 <= number < math.inf:
+        if not number >= 0:
             raise InputError(f"{name} must be 0 or above, not {number}")
+        if number >= 2 ** 63:
+            raise InputError(f"{name} must be below 2^63, not {number}")
         if key in BELOW_1 and number >= 1:
             raise InputError(f"{name} must be below 1, not {number}")
 

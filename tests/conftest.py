@@ -28,6 +28,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(config.option.threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored under nohup and behind &
+    for number in srgan.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_report_header(config):

@@ -852,3 +852,13 @@ def test_best_scores_start_anew_if_other_images_are_validated_on(run, photos, tm
     run("srresnet", "--lr", "1e-9", "--resume", epochs=2, val=photos / "p1.png")
     best = latest(tmp_path / "runs/srresnet")["best"]
     assert best["psnr"]["epoch"] == 2
+
+
+def test_a_run_resumes_whose_table_had_other_columns(run, tmp_path):
+    """write_rows: metrics.csv of a version with one metric more."""
+    run("srresnet", epochs=1)
+    path = tmp_path / "runs/srresnet/metrics.csv"
+    head, row = path.read_text().splitlines()
+    path.write_text(f"{head},mae\n{row},0.1\n")
+    run("srresnet", "--resume", epochs=2)
+    assert len(rows(tmp_path / "runs/srresnet")) == 2
