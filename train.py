@@ -900,7 +900,7 @@ def check_numbers(name, value):
     for number in numbers:
         if key in POSITIVE and number == 0:
             raise InputError(f"{name} must be above 0, not 0")
-        if not number >= 0:
+        if not 0 <= number < math.inf:
             raise InputError(f"{name} must be 0 or above, not {number}")
         if number >= 2 ** 63:
             raise InputError(f"{name} must be below 2^63, not {number}")

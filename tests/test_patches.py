@@ -243,7 +243,10 @@ def test_streaming_leaves_no_processes_and_no_threads(photos, tmp_path):
     assert multiprocessing.active_children()
     pairs.close()
     assert not multiprocessing.active_children()
-    assert threading.active_count() == threads
+    for _ in range(200):                                         # queues end a little later
+        if threading.active_count() > threads:
+            time.sleep(0.05)
+    assert threading.active_count() <= threads
 
 
 def test_images_that_would_fill_the_disk_are_streamed(photos, tmp_path, monkeypatch, capsys):
