@@ -1222,7 +1222,7 @@ def side_by_side(images, labels):
 # ==================================================================================================
 
 TILE = 1448                              # LR pixels per side: 2 megapixels take 2 GB
-PART = 64                                # LR pixels per side that are enlarged together
+PART = 128                               # LR pixels per side that are enlarged together
 
 
 # The slices of a tile, and what it sees: itself and the overlap.
@@ -1273,11 +1273,13 @@ def cut_tiles(height, width, side, overlap):
 def cut_for_enlarging(height, width, overlap=0):
     """Cut a tile into the parts that are enlarged one after the other: a list of `Area`.
 
-    Small and narrow tiles take little memory, so that theirs may be larger.
+    Small parts save memory and take a little more time. They are worth it only for tiles of medium
+    size: beside the maps of a large tile, no part counts, and a small tile takes little anyway.
     """
-    if height * width <= 128 * 128 or min(height, width) < 32:
-        return cut_tiles(height, width, 128, overlap)
-    return cut_tiles(height, width, PART, overlap)
+    side = PART
+    if 128 * 128 < height * width < 512 * 512 and min(height, width) >= 32:
+        side = PART // 2
+    return cut_tiles(height, width, side, overlap)
 
 
 def paste(result, sr, area):
@@ -1856,9 +1858,12 @@ class Fast(nn.Module):
         super().__init__()
         self.network = network
         self.precision = precision
-        for module in network.modules():
-            if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
-                module.inplace = True
+        for module in list(network.modules()):
+            for name, layer in module.named_children():
+                if type(layer) is nn.PReLU:
+                    setattr(module, name, FastPReLU(layer.weight))
+                elif isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
+                    layer.inplace = True
         if isinstance(network, ContentNetwork) and precision == "bf16":
             network.features.bfloat16()                          # once, not at each call
 
@@ -1913,6 +1918,37 @@ def rearranged(conv, r=2):
     weight = F.pixel_unshuffle(torch.stack(shifted, 1).flatten(0, 1), r)  # [12, 256, 5, 5]
     weight = weight.contiguous(memory_format=torch.channels_last)
     return weight, conv.bias.repeat_interleave(r * r), reach
+
+
+class FastPReLU(nn.PReLU):
+    """PReLU with one slope; on the CPU its gradient takes half as long as torch's.
+
+    An update of SRResNet is 1.04 times as fast in fp32, 1.15 times in bf16.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight                                     # shared with the drawn PReLU
+
+    def forward(self, x):
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return PReLUFunction.apply(x, self.weight)
+        return super().forward(x)
+
+
+class PReLUFunction(torch.autograd.Function):
+    """max(0, x) + a min(0, x), and its gradients with respect to x and a."""
+
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x, a)
+        return F.leaky_relu(x, a.item())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, a = ctx.saved_tensors
+        slope = x.clamp(max=0).mul_(gradient).sum((2, 3)).to(a.dtype).sum().view_as(a)
+        return torch.ops.aten.leaky_relu_backward(gradient, x, a.item(), False), slope
 
 
 def optimize_for_inference(generator):
