@@ -414,6 +414,8 @@ def to_8_bits(image, raw):
         mode = "L"
     if image.has_transparency_data:
         mode += "A"
+    if image.mode == mode:                                       # a copy would double the memory
+        return image
     return image.convert(mode)
 
 
@@ -517,7 +519,10 @@ def open_image(path):
 
 def open_rgb(path):
     """Decode an image to a uint8 array [h, w, 3]; transparency is dropped. Raises InputError."""
-    return np.array(open_image(path).convert("RGB"))
+    image = open_image(path)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)
 
 
 def to_tensor(pixels):

@@ -244,7 +244,7 @@ def open_run(args):
     if not args.resume:
         return out, None
 
-    # The checkpoint must be one of this stage that can be resumed, on the same data.
+    # The checkpoint must be one of this stage that can be resumed.
     saved = srgan.load_checkpoint(path)
     if "training" not in saved:
         raise InputError(f"{path}: only a checkpoint_latest.pth can be resumed; start from its "
