@@ -1227,7 +1227,7 @@ def side_by_side(images, labels):
 # ==================================================================================================
 
 TILE = 1448                              # LR pixels per side: 2 megapixels take 2 GB
-PART = 128                               # LR pixels per side that are enlarged together
+PART = 64                                # LR pixels per side that are enlarged together
 
 
 # The slices of a tile, and what it sees: itself and the overlap.
@@ -1275,18 +1275,6 @@ def cut_tiles(height, width, side, overlap):
     return areas
 
 
-def cut_for_enlarging(height, width, overlap=0):
-    """Cut a tile into the parts that are enlarged one after the other: a list of `Area`.
-
-    Small parts save memory and take a little more time. They are worth it only for tiles of medium
-    size: beside the maps of a large tile, no part counts, and a small tile takes little anyway.
-    """
-    side = PART
-    if 128 * 128 < height * width < 512 * 512 and min(height, width) >= 32:
-        side = PART // 2
-    return cut_tiles(height, width, side, overlap)
-
-
 def paste(result, sr, area):
     """Copy SR of a tile, without its overlap, to its place in the result: [..., H, W] both."""
     scale = sr.shape[-1] // (area.seen_columns.stop - area.seen_columns.start)
@@ -1304,7 +1292,7 @@ def super_resolve(generator, lr, bar):
     scale = generator.arch["scale"]
     sr = lr.new_empty(1, 3, scale * height, scale * width)
     maps = compute_maps(generator, lr)                           # [1, 64, h, w]
-    for part in cut_for_enlarging(height, width, radii(generator)[1]):
+    for part in cut_tiles(height, width, PART, radii(generator)[1]):
         seen = maps[..., part.seen_rows, part.seen_columns]
         paste(sr, enlarge(generator, seen), part)
         bar.update()
@@ -1349,7 +1337,7 @@ def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progr
     parts = 0
     for area in areas:
         seen = image[area.seen_rows, area.seen_columns]
-        parts += len(cut_for_enlarging(len(seen), len(seen[0])))
+        parts += len(cut_tiles(len(seen), len(seen[0]), PART, overlap=0))
     method = super_resolve
     if ensemble:
         method = self_ensemble
@@ -1959,142 +1947,41 @@ class PReLUFunction(torch.autograd.Function):
 def optimize_for_inference(generator):
     """A frozen copy that computes the same, faster.
 
-    BN is folded into the convolutions, PReLU and sums are computed with them, and the tail is
+    BN is folded into the convolutions, the activations overwrite their inputs, and the tail is
     rearranged. The copy's forward() is fast, too, and so is what is exported from it.
     """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
     generator.to(memory_format=torch.channels_last)              # as oneDNN and cuDNN prefer it
-    generator.head = fuse_layers(generator.head)
-    generator.fuse = fuse_layers(generator.fuse)
-    for i, block in enumerate(generator.blocks):
+    generator.head = fold(generator.head)
+    generator.fuse = fold(generator.fuse)
+    for block in generator.blocks:
         if isinstance(block, ResidualBlock):
-            generator.blocks[i] = FusedResidualBlock(block, keep=i == 0)    # for the long skip
+            block.body = fold(block.body)
 
     # The last shuffle moves behind the tail.
-    layers = fuse_layers(generator.upsample)
+    *layers, shuffle, activation = fold(generator.upsample)
+    generator.upsample = nn.Sequential(*layers, activation)
     weight, bias, padding = rearranged(generator.tail)
-    tail = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
-    tail.weight = nn.Parameter(weight, requires_grad=False)
-    tail.bias = nn.Parameter(bias, requires_grad=False)
-    generator.upsample = layers[:-1]
-    generator.tail = nn.Sequential(FusedConv(tail), layers[-1])
-    for module in generator.modules():
-        if isinstance(module, FusedConv):
-            module.pack()
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=padding)
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
+    generator.tail = nn.Sequential(conv, shuffle)
     return generator
 
 
-def fuse_layers(layers):
-    """Convolutions, BN, PReLU and shuffles as FusedConv and shuffles."""
-    fused = nn.Sequential()
+def fold(layers):
+    """The same layers with BN folded into the convolutions, and PReLU as LeakyReLU."""
+    folded = nn.Sequential()
     for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            conv = FusedConv(layer)
-            fused.append(conv)
-        elif isinstance(layer, nn.BatchNorm2d):
-            conv.conv = nn.utils.fuse_conv_bn_eval(conv.conv, layer)
+        if isinstance(layer, nn.BatchNorm2d):
+            folded[-1] = nn.utils.fuse_conv_bn_eval(folded[-1], layer)
         elif isinstance(layer, nn.PReLU):
-            conv.slope = layer.weight.item()                     # before a shuffle is as good
+            slope = layer.weight.item()
+            in_place = slope > 0                                 # else torch has no gradient
+            folded.append(nn.LeakyReLU(slope, in_place))
         else:
-            fused.append(layer)
-    return fused
-
-
-class FusedResidualBlock(nn.Module):
-    """ResidualBlock in its fast form. keep: do not overwrite the input.
-
-    The activation stays apart. For oneDNN each slope makes another operation, and what it keeps of
-    each would lie between large tensors, in gaps that no other fits into: twice the memory.
-    """
-
-    def __init__(self, block, keep):
-        super().__init__()
-        self.first, self.second = fuse_layers(block.body)
-        self.slope = self.first.slope
-        self.first.slope = None
-        self.keep = keep
-
-    def forward(self, x):
-        y = self.first(x)
-        y = F.leaky_relu(y, self.slope, inplace=not y.requires_grad)
-        if self.keep:
-            x = x.clone()
-        return self.second(y, plus=x)
-
-
-class FusedConv(nn.Module):
-    """A frozen convolution and what follows it: a LeakyReLU of this slope, or a sum.
-
-    On a CPU, oneDNN computes both in one pass, from weights that are packed once. torch has this
-    for torch.compile only, in private operators. Where they are missing or refuse, torch computes
-    one after the other, with the same result.
-    """
-
-    def __init__(self, conv, slope=None):
-        super().__init__()
-        self.conv = conv
-        self.slope = slope
-        self.packed = {}                                         # {dtype: (weight, bias)}
-
-    def forward(self, x, plus=None):
-        """LeakyReLU(conv(x)), or conv(x) + plus, which may then be overwritten."""
-        dtype = x.dtype
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-        if dtype in self.packed and self.may_fuse(x):
-            return self.fused(x, plus, dtype)
-        x = self.conv(x)
-        if self.slope is not None:
-            x = F.leaky_relu(x, self.slope, inplace=not x.requires_grad)
-        if plus is not None:
-            x = plus + x
-        return x
-
-    def may_fuse(self, x):
-        """Whether the private operators may serve: they have no gradients and no exported form.
-
-        torch computes small inputs without oneDNN; so does this, for the same rounding.
-        """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if x.requires_grad and torch.is_grad_enabled():
-            return False
-        return x.device.type == "cpu" and x.numel() > 20480
-
-    def fused(self, x, plus, dtype):
-        conv = self.conv
-        weight, bias = self.packed[dtype]
-        layer = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-        x = x.to(dtype)
-        if plus is not None:
-            add = torch.ops.mkldnn._convolution_pointwise_.binary
-            return add(plus.to(dtype), x, *layer, "add", 1.0, None, [], None)
-        convolution = torch.ops.mkldnn._convolution_pointwise
-        if self.slope is not None:
-            return convolution(x, *layer, "leaky_relu", [self.slope], "")
-        return convolution(x, *layer, "none", [], "")
-
-    def pack(self):
-        """Pack the weights, and try the operators: before large tensors, or memory has gaps."""
-        conv = self.conv
-        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        for dtype in (torch.float32, torch.bfloat16):
-            try:
-                weight = conv.weight.to(dtype)
-                weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry)
-                bias = None if conv.bias is None else conv.bias.to(dtype)
-                self.packed[dtype] = (weight, bias)
-                self.fused(torch.zeros(1, conv.in_channels, 8, 8), None, dtype)
-            except (AttributeError, RuntimeError):               # another torch, device or CPU
-                self.packed.pop(dtype, None)
-
-    def __getstate__(self):
-        """What is copied or saved; packed weights cannot be."""
-        return {**self.__dict__, "packed": {}}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.pack()
+            folded.append(layer)
+    return folded
 
 
 def pick_device(name="auto"):

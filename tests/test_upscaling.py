@@ -63,9 +63,7 @@ def test_tiles_are_exact_and_no_smaller_overlap_would_be(double, block, scale, c
     if optimize:
         g = srgan.optimize_for_inference(g)
     real = srgan.radii(g)
-    cut = srgan.cut_tiles
-    monkeypatch.setattr(srgan, "cut_for_enlarging",
-                        lambda height, width, overlap=0: cut(height, width, 16, overlap))
+    monkeypatch.setattr(srgan, "PART", 16)
     monkeypatch.setattr(srgan, "to_pixels", lambda sr: sr.movedim(-3, -1))   # stays in floats
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype: empty(*shape))
