@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w], as HR in [-1, 1].
+    """G, Fig. 4 top: LR [N, 3, h, w] in [0, 1] -> SR [N, 3, scale h, scale w] in [-1, 1].
 
                                                      k3n64s1, BN
         LR ─── head ───┬─── 16 residual blocks ─── fuse ─── + ─── upsample, twice ─── tail ─── SR
@@ -196,7 +196,8 @@ def content_loss(phi, sr, hr):
     """Eq. 5, l_VGG/i,j: mean of (phi(HR) - phi(SR))^2. [N, 3, H, W] in [-1, 1] twice -> scalar.
 
     phi: a ContentNetwork. The mean includes the feature maps, so that a weight means the same for
-    every layer; Eq. 5 sums over them, as a squared distance of vectors: 128 (VGG22), 512 (VGG54).
+    every layer. Eq. 5 sums over the maps instead: it is 128 times as large for VGG22, 512 times
+    for VGG54.
     """
     return (phi(hr) - phi(sr)).square().mean()                    # Eq. 5
 
@@ -358,7 +359,7 @@ def find_images(path):
                 skipped[ending or "without an ending"] += 1
     if skipped:
         kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
-        say(f"{path}: skipped {skipped.total()} files that are no images it can read: {kinds}")
+        say(f"{path}: skipped {skipped.total()} files that cannot be read as images: {kinds}")
     if not found:
         problem = "no images in this folder" if entered else "no such file or folder"
         raise InputError(f"{path}: {problem}")
@@ -507,7 +508,7 @@ def open_image(path):
         raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g} megapixels; "
                          "upscale.py accepts it with a higher --max-megapixels") from None
     except Image.UnidentifiedImageError:
-        reason = "its content is of no format that is read"
+        reason = "its content is in none of the formats that can be read"
         if ending in INSTALL and ending not in readable_formats():
             reason = f"to read it, pip install {INSTALL[ending]}"
         elif readable_formats().get(ending) == "TIFF":
@@ -577,10 +578,10 @@ def kernel_reach(kernel, scale):
 def downsample(hr, scale=4, kernel="bicubic"):
     """LR from HR (Sec. 3.2): [N, 3, H, W] in [0, 1] -> [N, 3, H/scale, W/scale], also in [0, 1].
 
-    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). As the LR images of Set5, Set14, BSD100 and
-    Urban100 were made, which "bicubic" reproduces bit for bit: vertically first, rounded to 8 bits
-    (half up), then horizontally and rounded again; pixels outside the image repeat its border.
-    Raises ValueError unless H and W are multiples of scale.
+    kernel: "bicubic" (Sec. 3.2) or "gaussian" (Sec. 2). The image is reduced vertically first and
+    rounded to 8 bits (half up), then horizontally and rounded again. Pixels outside the image
+    repeat its border. "bicubic" gives the LR images of Set5, Set14, BSD100 and Urban100 bit for
+    bit. Raises ValueError unless H and W are multiples of scale.
     """
     h, w = hr.shape[2:]
     if h % scale or w % scale:
@@ -846,7 +847,7 @@ class Patches(torch.utils.data.Dataset):
     hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
     patches, a multiple of scale. crop_margin: the share of the height and width, 0 to below 0.5,
     that patches keep clear of at each border. `usable` lists the images that can be drawn: those
-    that are unreadable or too small are left out with a line. Raises InputError if none is left.
+    that are unreadable or too small are left out, and a message says so. Raises InputError if none is left.
     """
 
     def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", crop_margin=0.0, lr=None):
@@ -1315,10 +1316,10 @@ def self_ensemble(generator, lr, bar):
 def upscale(generator, image, tile=None, ensemble=False, precision="fp32", progress=False):
     """Super-resolve an image: uint8 [h, w, 3] -> uint8 [scale h, scale w, 3].
 
-    tile: side of the tiles, in LR pixels; 0 for one tile. It bounds the memory and does not change
-    the result. ensemble: average over the eight flips and rotations. precision: "fp32" or "bf16".
-    progress: show a progress bar. Raises TypeError for anything but uint8 [h, w, 3], and
-    MemoryError if there is not enough memory.
+    tile: side of the tiles, in LR pixels; None for TILE (half of it at scale 8), 0 for one tile. It
+    bounds the memory and does not change the result. ensemble: average over the eight flips and
+    rotations. precision: "fp32" or "bf16". progress: show a progress bar. Raises TypeError for
+    anything but uint8 [h, w, 3], and MemoryError if there is not enough memory.
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8
             and image.shape[2:] == (3,) and image.size):
@@ -1485,7 +1486,7 @@ def load_generator(path, device="cpu"):
                 raise ValueError(f"{name} does not hold plain numbers")
         generator.load_state_dict(weights, assign=True)
     except Exception as error:                                   # a file may hold anything
-        raise InputError(f"{path}: no generator of train.py "
+        raise InputError(f"{path}: holds no generator that train.py wrote "
                          f"({type(error).__name__}: {one_line(error)})") from None
     return generator.float().to(device, memory_format=torch.channels_last).eval()
 
@@ -1645,8 +1646,8 @@ def start_as_nearest(generator):
     """Start G as nearest-neighbour upsampling: it learns faster and shows no checkerboard.
 
     Three channels carry RGB from end to end. The four filters that PixelShuffle interleaves into
-    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937). With tanh=True,
-    [0, 1] becomes [-0.85, 0.85], as tanh(2.5 x - 1.25) is near 2 x - 1.
+    one map start with equal weights (ICNR, Aitken et al. 2017, arXiv:1707.02937). LR's x becomes
+    2 x - 1, or, with a Tanh, tanh(2.5 x - 1.25), which is near it and stays within 0.85 of 0.
     """
     # The first three maps are R, G and B.
     nn.init.dirac_(generator.head[0].weight[:3])
@@ -1664,9 +1665,10 @@ def start_as_nearest(generator):
         for p in (conv.weight, conv.bias):
             p.copy_(p[::4].repeat_interleave(4, dim=0))
 
-    # The Tanh of 2.5 x - 1.25.
-    nn.init.dirac_(generator.tail.weight).mul_(2.5)
-    generator.tail.bias.fill_(-1.25)
+    # From [0, 1] to the range of HR.
+    gain = 2.5 if generator.arch["tanh"] else 2
+    nn.init.dirac_(generator.tail.weight).mul_(gain)
+    generator.tail.bias.fill_(-gain / 2)
 
 
 def start_at_random(generator):
@@ -1800,8 +1802,8 @@ def relativistic_g_loss(D, sr, hr):
 
 
 def relativistic_d_loss(real, fake):
-    """D's loss, Eq. 1: HR should look more real than the average SR, and SR less real than the
-    average HR. Logits [N] -> scalar"""
+    """D's loss, Wang et al. 2018, Eq. 1: HR should look more real than the average SR, and SR less
+    real than the average HR. Logits [N] -> scalar"""
     return discriminator_loss(real - fake.mean(), fake - real.mean())
 
 
@@ -1838,13 +1840,15 @@ PENALTIES = {"gradient_penalty": gradient_penalty, "r1_penalty": r1_penalty}  # 
 
 
 # ==================================================================================================
-# 9. Speed: the same mathematics, computed faster. `Fast` replaces the forms that follow Fig. 4.
+# 9. Speed: the same mathematics, computed faster. `Fast` is for training, optimize_for_inference
+#    for upscaling. At the end: the choice of device and precision, and a demonstration.
 # ==================================================================================================
 
 class Fast(nn.Module):
     """A network as training calls it: in its fast form and the given precision, float32 in and out.
 
-    It shares the network's parameters; save and load the network itself.
+    It exchanges the network's activations and, in bf16, the weights of phi. The parameters stay the
+    network's own; save and load the network itself.
     """
 
     def __init__(self, network, precision="fp32"):
@@ -1893,14 +1897,14 @@ def rearranged(conv, r=2):
     """(weight, bias, padding) of the convolution that computes conv(F.pixel_shuffle(x, r)) before
     the shuffle: [N, c r^2, h, w] -> [N, n r^2, h, w].
 
-    An SR pixel at one of the r^2 positions within an LR pixel sees fixed positions within the LR
-    pixels around it. So k x k weights for c maps, shifted by the position and unshuffled, become
-    weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12 maps, after which
-    3 large maps are shuffled instead of 64.
+    A pixel behind the shuffle, at one of r^2 positions within a pixel of x, sees fixed positions
+    within the pixels of x around it. So k x k weights for c maps, shifted by the position and
+    unshuffled, become weights for c r^2 maps: 9x9 from 64 to 3 maps turns into 5x5 from 256 to 12
+    maps, after which 3 large maps are shuffled instead of 64.
     """
     k = conv.kernel_size[0]
     p = conv.padding[0]
-    reach = math.ceil(p / r)                                     # in LR pixels
+    reach = math.ceil(p / r)                                     # in pixels of x
     side = r * (2 * reach + 1)                                   # 9x9 weights shift in 10x10
     shifts = range(r * reach - p, r * reach - p + r)
     shifted = []
@@ -1921,7 +1925,7 @@ class FastPReLU(nn.PReLU):
 
     def __init__(self, weight):
         super().__init__()
-        self.weight = weight                                     # shared with the drawn PReLU
+        self.weight = weight                                     # that of the PReLU it replaces
 
     def forward(self, x):
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -1947,8 +1951,8 @@ class PReLUFunction(torch.autograd.Function):
 def optimize_for_inference(generator):
     """A frozen copy that computes the same, faster.
 
-    BN is folded into the convolutions, the activations overwrite their inputs, and the tail is
-    rearranged. The copy's forward() is fast, too, and so is what is exported from it.
+    BN is folded into the convolutions, PReLU becomes LeakyReLU, which can overwrite its input, and
+    the tail is rearranged. The copy's forward() is fast, too, and so is what is exported from it.
     """
     generator = copy.deepcopy(generator).eval().requires_grad_(False)
     generator.to(memory_format=torch.channels_last)              # as oneDNN and cuDNN prefer it
@@ -1977,7 +1981,7 @@ def fold(layers):
             folded[-1] = nn.utils.fuse_conv_bn_eval(folded[-1], layer)
         elif isinstance(layer, nn.PReLU):
             slope = layer.weight.item()
-            in_place = slope > 0                                 # else torch has no gradient
+            in_place = slope >= 0                                # else torch cannot differentiate
             folded.append(nn.LeakyReLU(slope, in_place))
         else:
             folded.append(layer)

@@ -64,7 +64,7 @@ def main():
     if saved:
         before = saved.get("val") or saved.get("data")
         state.resume(saved, same_images=before == (args.val or args.data))
-        del saved                                                # all that was in it
+        del saved                                                # frees the memory of its tensors
     total = settings[f"{stage}.epochs"] * settings["steps_per_epoch"]
     if state.step >= total:
         raise InputError(f"the run is complete at update {state.step}; --epochs makes it longer")
@@ -386,7 +386,7 @@ def make_networks(settings, stage, start, device):
         generator.load_state_dict(start.state_dict())
     networks = {"generator": generator}
 
-    # D, always new.
+    # D, always new. With the base settings, it is srgan.Discriminator layer by layer.
     if stage == "gan":
         networks["discriminator"] = srgan.VariantDiscriminator(
             settings["patch_size"], **stage_settings(settings, "discriminator"))
@@ -419,8 +419,7 @@ class State:
         self.adam = {}
         for name, network in networks.items():
             self.adam[name] = torch.optim.Adam(network.parameters(), self.base_rates[name],
-                                               (float(beta1), float(beta2)),
-                                               fused=device.type != "meta")
+                                               (float(beta1), float(beta2)), fused=True)
 
         # What has happened so far.
         self.step = 0

@@ -106,8 +106,8 @@ def parse_args():
     add("--outscale", type=float, metavar="S", help="size of the output relative to the input")
     add("--ext", choices=("auto", "png", "jpg", "webp", "avif"), default="auto",
         help="format in an output folder (default: auto, the input's or else png)")
-    add("--tile", type=int, metavar="N", help="side of the tiles, in input pixels; 0: no tiles. "
-        "Smaller tiles take less memory; the result is the same")
+    add("--tile", type=int, metavar="N", help="side of the tiles, in input pixels (default: "
+        "1448; at x8 724); 0: no tiles. Smaller tiles take less memory; the result is the same")
     add("--overwrite", action="store_true", help="replace outputs that exist, but never inputs")
     add("--max-megapixels", type=float, metavar="N", default=179,
         help="refuse larger inputs (default: %(default)g)")
@@ -240,6 +240,8 @@ def load_model(args, device):
         name = f"blend {args.blend:g}"
         generator = srgan.load_generator(WEIGHTS / "srresnet.pth", device)
         end = srgan.load_generator(WEIGHTS / "srgan.pth", device)
+
+        # In place: (1 - blend) times SRResNet's weights + blend times SRGAN's.
         srgan.ema_(srgan.float_state(generator), srgan.float_state(end), 1 - args.blend)
     else:
         name = args.model or "srgan"

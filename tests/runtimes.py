@@ -4,11 +4,12 @@
     python tests/runtimes.py [--ckpt weights/srgan.pth] [--rounds 9]
 
 It converts a generator for each runtime, in two forms: as drawn in Fig. 4, and the fast form that
-srgan.optimize_for_inference makes. For each it prints how far its 8-bit images are from those of srgan.upscale: the largest difference in
-levels, and as a PSNR. The time is CPU time with one thread each, divided by that of srgan.upscale
-in fp32, as the median of alternating runs on samples/astronaut.png (128x128). Differences are also
-taken on samples/raccoon.png (256x192), which shows that the converted network takes any size. A
-runtime that is not installed is left out with a line.
+srgan.optimize_for_inference makes. For each it prints how far its 8-bit images are from those of
+srgan.upscale: the largest difference in levels, and as a PSNR. The time is CPU time with one thread
+each, divided by that of srgan.upscale in fp32, as the median of alternating runs on
+samples/astronaut.png (128x128). Differences are also taken on samples/raccoon.png (256x192), which
+shows that the converted network takes any size. A runtime that is not installed is left out with a
+message.
 
 docs/MEASURED.md shows the table.
 """

@@ -112,8 +112,9 @@ def refuse_content(content, tmp_path, words):
     ("scale", 2, "upsample.3"), ("scale", 3, "scale 3"), ("scale", "4", "scale '4'"),
     ("scale", 4.0, "scale 4.0"), ("n_blocks", 300, "300 blocks"), ("n_blocks", "3", "str"),
     ("n_blocks", 2, "blocks.2"), ("channels", 10 ** 9, "too many"),
-    ("channels", -1, "no generator of train.py"), ("channels", "8", "str"),
-    ("block", "x", "no generator of train.py"), ("block", [], "no generator of train.py"),
+    ("channels", -1, "no generator that train.py wrote"), ("channels", "8", "str"),
+    ("block", "x", "no generator that train.py wrote"),
+    ("block", [], "no generator that train.py wrote"),
     ("colours", 3, "colours")])
 def test_an_architecture_that_cannot_be_is_refused(good, tmp_path, key, value, words):
     """load_generator, make_generator."""
@@ -145,7 +146,7 @@ def test_missing_and_unknown_weights_are_refused_by_name(good, tmp_path):
 
 def test_other_files_of_torch_are_refused(good, tmp_path):
     """load_generator, load_checkpoint: of another project, a list, a tensor."""
-    refuse_content({"state_dict": good["generator"]}, tmp_path, "no generator of train.py")
+    refuse_content({"state_dict": good["generator"]}, tmp_path, "no generator that train.py wrote")
     refuse_content([1, 2], tmp_path, "not a checkpoint but a list")
     refuse_content(torch.zeros(3), tmp_path, "not a checkpoint but a Tensor")
 

@@ -74,10 +74,12 @@ def draw(settings, stage, device):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """The device "meta". It has no autocast, so there is none."""
+    """The device "meta". It has neither autocast nor a fused Adam."""
     def no_autocast(*args, **options):
         return contextlib.nullcontext()
     monkeypatch.setattr(torch, "autocast", no_autocast)
+    plain_adam = functools.partial(torch.optim.Adam, fused=False)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused: plain_adam(*args))
     return META
 
 

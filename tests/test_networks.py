@@ -125,14 +125,16 @@ def test_a_pooling_discriminator_takes_any_patch_size():
 
 
 @pytest.mark.parametrize("block", srgan.GENERATORS)
+@pytest.mark.parametrize("tanh", [True, False])
 @pytest.mark.parametrize("scale", srgan.SCALES)
-def test_generators_can_start_as_nearest_neighbour_upsampling(block, scale):
+def test_generators_can_start_as_nearest_neighbour_upsampling(block, scale, tanh):
     """start_as_nearest, INITS."""
-    g = srgan.make_generator(block, scale, channels=8, n_blocks=1, tanh=True).eval()
+    g = srgan.make_generator(block, scale, channels=8, n_blocks=1, tanh=tanh).eval()
     srgan.INITS["nearest"](g)
     x = torch.rand(1, 3, 12, 10, dtype=torch.float64)
     nearest = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    check(g.double()(x), torch.tanh(2.5 * nearest - 1.25))
+    expected = torch.tanh(2.5 * nearest - 1.25) if tanh else 2 * nearest - 1
+    check(g.double()(x), expected)
 
 
 def test_the_random_start_is_torchs():
