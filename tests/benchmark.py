@@ -12,13 +12,22 @@ neighbouring pairs, with the range of the middle half of them.
 
 The baseline of the first two is "plain": the same steps and networks without section 9, that
 is fp32, channels-first, eager, Fig. 4 as drawn. Measured on 2 cores of an AMD EPYC with
-AVX512-BF16, torch 2.14, shared with other work; no GPU has been measured:
+AVX512-BF16, in bf16, shared with other work (commit e58db2e); no GPU has been measured:
 
                                              plain        here   ratio (middle half)
     SRResNet update, 16 patches of 96x96     1.63 / s   5.28 / s  3.24 (3.13 to 3.30)
     SRGAN update with VGG54                  0.47 / s   0.98 / s  2.10 (2.02 to 2.18)
     128x128 upscaled to 512x512              2.61 / s  10.28 / s  3.98 (3.91 to 3.99)
     256x256 upscaled to 1024x1024            0.52 / s   2.74 / s  5.25 (5.18 to 5.29)
+
+The same on 2 cores of an older one, with AVX2 only, in fp32, otherwise idle (commit 3f11913). Over
+90 % of these times are convolutions by oneDNN. OpenVINO 2026.4.1 computes the rearranged graph 1.14
+and 1.18 times as fast:
+
+    SRResNet update, 16 patches of 96x96     0.42 / s   0.57 / s  1.40 (1.38 to 1.48)
+    SRGAN update with VGG54                  0.12 / s   0.13 / s  1.13 (0.97 to 1.17)
+    128x128 upscaled to 512x512              0.58 / s   1.42 / s  2.44 (2.36 to 2.51)
+    256x256 upscaled to 1024x1024            0.09 / s   0.33 / s  3.77 (3.33 to 3.90)
 """
 import argparse
 import functools
