@@ -847,7 +847,8 @@ class Patches(torch.utils.data.Dataset):
     hr, lr: Stores; without lr, LR is made from HR by `kernel`. patch_size: the side of the HR
     patches, a multiple of scale. crop_margin: the share of the height and width, 0 to below 0.5,
     that patches keep clear of at each border. `usable` lists the images that can be drawn: those
-    that are unreadable or too small are left out, and a message says so. Raises InputError if none is left.
+    that are unreadable or too small are left out, and a message says so. Raises InputError if none
+    is left.
     """
 
     def __init__(self, hr, patch_size=96, scale=4, kernel="bicubic", crop_margin=0.0, lr=None):
